@@ -1,0 +1,6 @@
+"""The converter: from a Hugging Face model or a GGUF file to an mlx-lm folder with a
+FlashHead."""
+
+from .pipeline import ConvertError, Report, convert
+
+__all__ = ["ConvertError", "Report", "convert"]

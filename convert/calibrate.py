@@ -1,0 +1,137 @@
+"""Calibration: the hidden states that a model's head sees on real text."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_flashhead.attach import watching
+from mlx_flashhead.linalg import matmul
+
+from .progress import Progress, silent
+
+# Tokens taken from the text, evenly over its documents.
+N_TOKENS = 8192
+# Longest run of tokens that the model reads at once.
+WINDOW = 256
+# One document in this many is held out from the fit, for the report.
+HOLD_OUT = 5
+
+DEFAULT_TEXT = Path(__file__).with_name("calibration.jsonl")
+
+
+class CalibrationError(ValueError):
+    """The calibration text cannot be used."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states, float32: ``fit [n, D]``, and ``held_out`` of other documents."""
+
+    fit: np.ndarray
+    held_out: np.ndarray
+
+    def second_moment(self) -> np.ndarray:
+        """S = E[h h^T], float32 ``[D, D]``."""
+        return matmul(np.ascontiguousarray(self.fit.T), self.fit) / len(self.fit)
+
+
+def read_documents(path: str | Path | None) -> list[str]:
+    """Documents of a text file (blank lines separate paragraphs, which are joined
+    up to some 1,500 characters) or of JSON lines with a ``text`` field; without a
+    path, of the text that ships with the package.
+
+    Raises:
+        CalibrationError: The file is missing, not UTF-8, or too short.
+    """
+    path = DEFAULT_TEXT if path is None else Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise CalibrationError(
+            f"--calibration-data {path}: {e.strerror or 'not a UTF-8 text file'}"
+            if isinstance(e, OSError)
+            else f"--calibration-data {path}: not a UTF-8 text file"
+        ) from None
+    if path.suffix == ".jsonl":
+        try:
+            documents = [json.loads(line)["text"] for line in text.splitlines() if line]
+        except (ValueError, KeyError, TypeError):
+            raise CalibrationError(
+                f'--calibration-data {path}: each line must be JSON with a "text" field'
+            ) from None
+    else:
+        documents = _join_paragraphs(text.split("\n\n"))
+    if len(documents) < HOLD_OUT or sum(map(len, documents)) < 5000:
+        raise CalibrationError(
+            f"--calibration-data {path}: too short; give at least 5,000 characters "
+            f"in {HOLD_OUT} paragraphs"
+        )
+    return documents
+
+
+def _join_paragraphs(paragraphs: list[str], size: int = 1500) -> list[str]:
+    documents = [""]
+    for paragraph in filter(str.strip, paragraphs):
+        if len(documents[-1]) + len(paragraph) > size and documents[-1]:
+            documents.append("")
+        documents[-1] += paragraph + "\n\n"
+    return documents
+
+
+def collect(
+    model: nn.Module,
+    tokenizer,
+    head_path: str,
+    documents: list[str],
+    n_tokens: int = N_TOKENS,
+    progress: Progress = silent,
+) -> States:
+    """Run the model over the documents and keep what its head is given.
+
+    The logits are never computed: MLX evaluates only the states.
+
+    Args:
+        model: An mlx-lm model.
+        tokenizer: Its tokenizer.
+        head_path: Dotted path of its head.
+        documents: Texts; each takes an even share of the tokens.
+        n_tokens: Tokens in all, at most.
+    """
+    share = max(16, n_tokens // len(documents))
+    fit, held_out = [], []
+    with progress("Calibration: hidden states", len(documents)) as step:
+        for i, text in enumerate(documents):
+            tokens = tokenizer.encode(text)[: share + 1]
+            states = hidden_states(model, head_path, tokens)
+            (held_out if i % HOLD_OUT == HOLD_OUT - 1 else fit).append(states)
+            step()
+    return States(np.concatenate(fit), np.concatenate(held_out))
+
+
+def hidden_states(model: nn.Module, head_path: str, tokens: list[int]) -> np.ndarray:
+    """What the head is given after each token but the first, float32 ``[n - 1, D]``;
+    the first is the same for every text where there is a beginning-of-text token.
+
+    Texts longer than WINDOW are read in windows of their own.
+    """
+    states = []
+    for start in range(0, max(1, len(tokens) - 1), WINDOW):
+        window = tokens[start : start + WINDOW + 1]
+        if start:
+            window = [tokens[0], *window[1:]]
+        with watching(model, head_path) as seen:
+            model(mx.array([window]))
+        states.append(np.array(seen.states[-1][0, 1:].astype(mx.float32)))
+    states = np.concatenate(states)
+    if not np.isfinite(states).all():
+        raise CalibrationError(
+            "the model's hidden states are not finite: its weights are damaged, or "
+            "its dtype overflows (try --dtype bfloat16)"
+        )
+    return states

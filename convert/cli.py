@@ -1,0 +1,82 @@
+"""``mlx_flashhead.convert``: the converter's command line."""
+
+from __future__ import annotations
+
+import click
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+
+from mlx_flashhead.blas import hint
+
+from .pipeline import GROUP_SIZES, HEAD_BITS, convert, report_json
+from .recipes import RECIPES
+
+_bits = click.Choice([str(b) for b in HEAD_BITS])
+_groups = click.Choice([str(g) for g in GROUP_SIZES])
+
+
+def _int(ctx, param, value):
+    return None if value is None else int(value)
+
+
+@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.option("--hf-path", "--model", help="Hugging Face id, or a local folder.")
+@click.option("--gguf-path", help="A GGUF file: llama, gemma3, qwen2 or qwen3.")
+@click.option("--mlx-path", default="mlx_model", help="Folder to make.")
+@click.option("-q", "--quantize", is_flag=True, help="Quantize the body (not the head).")
+@click.option("--q-group-size", type=int, help="Group size for quantization.")
+@click.option("--q-bits", type=int, help="Bits per weight for quantization.")
+@click.option(
+    "--q-mode",
+    default="affine",
+    type=click.Choice(["affine", "mxfp4", "nvfp4", "mxfp8"]),
+    help="The quantization mode.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(MODEL_CONVERSION_DTYPES),
+    help="Type of what is not quantized.  [default: the model's own]",
+)
+@click.option("--revision", help="Branch, tag or commit on the Hugging Face hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings.")
+@click.option(
+    "--head-bits",
+    type=_bits,
+    callback=_int,
+    help="Bits of the head's rows.  [default: 8, or those of a quantized head]",
+)
+@click.option(
+    "--centroid-bits", type=_bits, callback=_int, default="4", help="Bits of centroids."
+)
+@click.option(
+    "--group-size",
+    type=_groups,
+    callback=_int,
+    help="Weights per scale in rows and centroids.  [default: 64, or 32 if it must]",
+)
+@click.option("--cluster-size", type=click.IntRange(2, 128), default=16)
+@click.option(
+    "--n-probes",
+    type=click.IntRange(min=1),
+    help="Clusters probed per token.  [default: n_clusters / 16]",
+)
+@click.option(
+    "--calibration-data", help="Text file.  [default: one that ships with the package]"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Clustering seed.")
+@click.option("--recipe", type=click.Choice(list(RECIPES)), default="default")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def main(as_json: bool, **options) -> None:
+    """Convert a model into an mlx-lm folder with a FlashHead.
+
+    \b
+    mlx_flashhead.convert --hf-path google/gemma-3-1b-it
+    mlx_flashhead.convert --gguf-path model.gguf --mlx-path my_model -q
+    """
+    if message := hint():
+        click.echo(message, err=True)
+    try:
+        report = convert(**options)
+    except (ValueError, OSError, RuntimeError, MemoryError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise click.ClickException(reason) from e
+    click.echo(report_json(report) if as_json else str(report))

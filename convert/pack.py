@@ -1,0 +1,179 @@
+"""From a clustering to a FlashHead: centroids, calibrated bonuses, low-bit tensors."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_flashhead.fidelity import measure
+from mlx_flashhead.head import ALWAYS, FlashHead
+from mlx_flashhead.linalg import BLOCK, matmul
+from mlx_flashhead.table import Table
+
+from .cluster import Clustering
+from .progress import Progress, silent
+
+# Calibration states on which what a cluster's score lacks is fitted.
+N_FIT = 4096
+# The mean mass of a cluster is taken over one in this many of them: it settles sooner
+# than the bonus, and costs an exponential per logit.
+MASS_STRIDE = 4
+# Of those, states on which the tail offset is fitted.
+N_TAIL = 512
+
+
+def mean_centroids(clustering: Clustering, weight: np.ndarray) -> np.ndarray:
+    """Mean of each cluster's rows, float32 ``[C, D]``, for ``weight [V, D]``: its
+    product with a hidden state is the cluster's exact mean logit."""
+    sums = np.add.reduceat(weight[clustering.order], _starts(clustering), axis=0)
+    return sums / _sizes(clustering)[:, None]
+
+
+def unit_centroids(clustering: Clustering, weight: np.ndarray) -> np.ndarray:
+    """The paper's: directions of the sums of the rows' directions, ``[C, D]``."""
+    x = weight / np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), 1e-30)
+    sums = np.add.reduceat(x[clustering.order], _starts(clustering), axis=0)
+    return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-30)
+
+
+def pack(
+    clustering: Clustering,
+    table: Table,
+    weight: np.ndarray,
+    centroids: np.ndarray,
+    *,
+    bias: np.ndarray | None = None,
+    head_bits: int = 8,
+    centroid_bits: int = 4,
+    group_size: int = 64,
+    n_probes: int | None = None,
+) -> FlashHead:
+    """The clustered head, what its scores lack still zero.
+
+    Args:
+        table: The model's head as it is stored, ``[V, D]``. If its bits are the ones
+          asked for, its packed rows are only put in another order.
+        weight: The same, float32.
+        bias: The head's bias, ``[V]``.
+    """
+    c, m = clustering.token_ids.shape
+    # Padding repeats a row that exists; it is masked wherever logits are made.
+    source = np.where(clustering.token_ids < len(weight), clustering.token_ids, 0)
+    index = mx.array(source.astype(np.uint32))
+    dtype = table.dtype
+    same = table.bits == head_bits and (
+        not table.quantized or table.group_size == group_size
+    )
+    if same or head_bits >= 16:
+        rows = table if same else Table(mx.array(weight).astype(dtype), bits=16)
+        rows = rows.map(lambda a: a[index])
+    else:
+        rows = Table.from_dense(mx.array(weight).astype(dtype), head_bits, group_size)
+        rows = rows.map(lambda a: a[index])
+    extra = {} if bias is None else {"bias": mx.array(bias[source]).astype(dtype)}
+    return FlashHead(
+        rows,
+        Table.from_dense(mx.array(centroids).astype(dtype), centroid_bits, group_size),
+        mx.array(clustering.token_ids.astype(np.uint32)),
+        len(weight),
+        spread=mx.zeros(c),
+        excess=mx.zeros(c),
+        n_probes=n_probes,
+        **extra,
+    )
+
+
+def calibrate(
+    head: FlashHead,
+    clustering: Clustering,
+    weight: np.ndarray,
+    states: np.ndarray,
+    *,
+    bias: np.ndarray | None = None,
+    use_spread: bool = True,
+    progress: Progress = silent,
+) -> FlashHead:
+    """Fit what a cluster's score lacks, and the mass of what is not probed.
+
+    A cluster is wanted for its best row, not for its mean: its bonus (``spread``) is
+    the mean plus one standard deviation, over calibration states, of the best logit
+    in it less the score that its stored centroid gives. That also makes up for the
+    centroid's quantization.
+
+    Args:
+        head: What :func:`pack` gave.
+        weight: Rows of the head, float32 ``[V, D]``.
+        states: Calibration states, float32 ``[n, D]``.
+        use_spread: Whether to add the bonus; the paper has none.
+    """
+    rng = np.random.default_rng(0)
+    chosen = np.sort(rng.permutation(len(states))[:N_FIT])
+    states = states[chosen]
+    spread, excess = _statistics(head, clustering, weight, states, bias, progress)
+    if not use_spread:
+        spread = np.zeros_like(spread)
+    spread[: clustering.n_always] = ALWAYS
+    with progress("Calibration: tail", 1) as step:
+        head = _with(head, spread, excess, 0.0)
+        sample = states[:: max(1, len(states) // N_TAIL)]
+        offset = measure(head, weight, sample, bias=bias).fit_tail_offset()
+        step()
+    return _with(head, spread, excess, offset)
+
+
+def _statistics(head, clustering, weight, states, bias, progress):
+    """Per cluster, over the states: mean + standard deviation of (best logit - score)
+    and mean of (log mean exp(logit) - score)."""
+    c, m = clustering.token_ids.shape
+    centroids = np.array(head.centroids.dequantize(mx.float32))
+    mean_bias = None
+    if bias is not None:
+        mean_bias = np.array(head.bias.astype(mx.float32).mean(-1))
+    spread, excess = np.empty(c, np.float32), np.empty(c, np.float32)
+    step_size = max(1, BLOCK // (len(states) * m))
+    right = np.ascontiguousarray(states.T)
+    with progress("Calibration: clusters", -(-c // step_size)) as step:
+        for start in range(0, c, step_size):
+            s = slice(start, min(c, start + step_size))
+            ids = clustering.token_ids[s]
+            real = ids < len(weight)
+            ids = np.where(real, ids, 0)
+            logits = matmul(weight[ids.reshape(-1)], right)
+            logits = logits.reshape(*ids.shape, len(states))
+            score = matmul(centroids[s], right)
+            if bias is not None:
+                logits += bias[ids][..., None]
+                score += mean_bias[s][:, None]
+            logits -= score[:, None]
+            best = np.max(logits, axis=1, where=real[..., None], initial=-np.inf)
+            spread[s] = best.mean(-1) + best.std(-1)
+            some = slice(None, None, MASS_STRIDE)
+            ratio = np.exp(logits[..., some] - best[:, None, some])
+            mass = np.sum(ratio, axis=1, where=real[..., None])
+            mass = best[:, some] + np.log(mass / real.sum(-1)[:, None])
+            excess[s] = mass.mean(-1)
+            step()
+    return spread, excess
+
+
+def _with(head: FlashHead, spread, excess, tail_offset: float) -> FlashHead:
+    return FlashHead(
+        head.rows,
+        head.centroids,
+        head.token_ids,
+        head.vocab_size,
+        spread=mx.array(spread),
+        excess=mx.array(excess),
+        tail_offset=tail_offset,
+        n_probes=head.n_probes,
+        bias=head.get("bias"),
+    )
+
+
+def _starts(clustering: Clustering) -> np.ndarray:
+    c, m = clustering.token_ids.shape
+    return np.arange(c) * m
+
+
+def _sizes(clustering: Clustering) -> np.ndarray:
+    return (clustering.token_ids < clustering.vocab_size).sum(1)

@@ -1,0 +1,388 @@
+"""The converter: a model goes in, a folder with a FlashHead comes out."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm import utils
+
+from mlx_flashhead import files
+from mlx_flashhead.attach import find_head, get_module, head_table
+from mlx_flashhead.fidelity import measure, n_blocks
+from mlx_flashhead.head import FlashHead
+from mlx_flashhead.table import Table
+
+from . import calibrate, cluster, pack
+from .progress import Progress, bars, silent
+from .recipes import RECIPES, Recipe, always_tokens, default_group_size
+from .source import Source, open_gguf, open_hf
+from .staging import check_space, staged
+
+HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
+GROUP_SIZES = (32, 64, 128)
+
+
+class ConvertError(ValueError):
+    """The options do not fit each other or the model."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion gave.
+
+    Attributes:
+        path: The folder.
+        vocab_size, hidden_size, n_clusters, cluster_size, n_probes: Sizes.
+        dense_bytes: Head bytes that a decoded token reads with the dense head.
+        flash_bytes: The same with the FlashHead.
+        rows_read: Share of the vocabulary's rows read per token, centroids included.
+        recall: Share of held-out states whose best token is probed.
+        agreement: Share on which the FlashHead's best token is the dense head's.
+        kl: Mean KL(dense || FlashHead) over the whole vocabulary, nats per token.
+        held_out_tokens: Number of held-out states.
+        seconds: Time taken.
+    """
+
+    path: str
+    vocab_size: int
+    hidden_size: int
+    n_clusters: int
+    cluster_size: int
+    n_probes: int
+    head_bits: int
+    centroid_bits: int
+    dense_bits: int
+    dense_bytes: int
+    flash_bytes: int
+    rows_read: float
+    recall: float
+    agreement: float
+    kl: float
+    held_out_tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"Vocabulary    {self.vocab_size:,} tokens x {self.hidden_size}, in "
+                f"{self.n_clusters:,} clusters of {self.cluster_size}; "
+                f"{self.n_probes:,} probed",
+                f"Read a token  {self.flash_bytes / 1e6:.1f} MB ({self.head_bits}-bit "
+                f"rows, {self.centroid_bits}-bit centroids); dense {self.dense_bits}-bit "
+                f"{self.dense_bytes / 1e6:.1f} MB; "
+                f"{self.dense_bytes / self.flash_bytes:.1f} times less",
+                f"Held-out text {self.held_out_tokens:,} tokens: recall "
+                f"{100 * self.recall:.2f} %, same best token "
+                f"{100 * self.agreement:.2f} %, KL {self.kl:.4f} nats",
+                f"Took          {self.seconds:.0f} s",
+                f"Folder        {self.path}",
+                "Try           python -m mlx_flashhead.generate --model "
+                f'{self.path} --prompt "Once upon a time"',
+            ]
+        )
+
+
+def convert(
+    hf_path: str | None = None,
+    mlx_path: str | Path = "mlx_model",
+    *,
+    gguf_path: str | None = None,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    head_bits: int | None = None,
+    centroid_bits: int = 4,
+    group_size: int | None = None,
+    cluster_size: int = 16,
+    n_probes: int | None = None,
+    calibration_data: str | Path | None = None,
+    seed: int = 0,
+    recipe: str = "default",
+    verbose: bool = True,
+) -> Report:
+    """Convert a model into an mlx-lm folder with a FlashHead.
+
+    Args:
+        hf_path: Hugging Face id or local folder, of whatever mlx-lm loads.
+        mlx_path: The folder to make. It must not exist.
+        gguf_path: A GGUF file, instead of ``hf_path``.
+        quantize, q_bits, q_group_size, q_mode, dtype, revision, trust_remote_code:
+            As in ``mlx_lm.convert``, but quantization is the body's only.
+        head_bits: Bits of the head's rows: 16 or MLX's. Default: those of a head that
+            is quantized already, else 8.
+        centroid_bits: Bits of the centroids.
+        group_size: Weights per scale in rows and centroids. Default: the source's,
+            else 64, or 32 where the hidden size is no multiple of 64.
+        cluster_size: Tokens per cluster, m.
+        n_probes: Clusters probed per token. Default: a sixteenth of them.
+        calibration_data: Text, or JSON lines with a ``text`` field. Default: a small
+            multi-domain text that ships with the package.
+        seed: Seed of the clustering. The same seed gives the same result.
+        recipe: ``"default"``, or ``"paper"``: spherical k-means, unit centroids and no
+            spread term, as in arXiv 2603.14591.
+        verbose: Show progress.
+
+    Returns:
+        What was made, measured on calibration text held out from the fit.
+
+    Raises:
+        ConvertError, SourceError, StagingError, CalibrationError, HeadNotFound,
+        GGUFError: Each a ``ValueError`` with one line that says what to do. Nothing is
+        left behind.
+    """
+    start = time.perf_counter()
+    if (hf_path is None) == (gguf_path is None):
+        raise ConvertError("give either --hf-path or --gguf-path")
+    _check_options(head_bits, centroid_bits, group_size, cluster_size, recipe)
+    documents = calibrate.read_documents(calibration_data)
+    progress = bars if verbose else silent
+    target = Path(mlx_path)
+    with staged(target) as (result, workspace):
+        with progress("Opening the model", 1) as step:
+            if gguf_path is not None:
+                source = open_gguf(gguf_path, workspace, dtype)
+            else:
+                assert hf_path is not None
+                source = open_hf(hf_path, revision, trust_remote_code)
+            model, tokenizer, config = source.load(dtype)
+            step()
+        path = find_head(model)
+        module = get_module(model, path)
+        table = head_table(module)
+        bits, group_size = _head_format(table, head_bits, group_size)
+        check_space(result, _estimated_bytes(model, table))
+
+        states = _states(source, tokenizer, path, documents, progress)
+        weight = _finite(np.array(table.dequantize(mx.float32)), path)
+        bias = _bias(module)
+        if quantize:
+            model, config = _quantize_body(
+                model, config, path, (q_group_size, q_bits, q_mode), (group_size, bits)
+            )
+            # A head quantized in place is the one whose rows are put in order.
+            table = head_table(get_module(model, path))
+        head = build_head(
+            table,
+            weight,
+            bias,
+            states,
+            RECIPES[recipe],
+            head_bits=bits,
+            group_size=group_size,
+            centroid_bits=centroid_bits,
+            cluster_size=cluster_size,
+            n_probes=n_probes,
+            seed=seed,
+            stop_tokens=list(getattr(tokenizer, "eos_token_ids", [])),
+            progress=progress,
+        )
+        n = n_blocks(head, len(states.held_out))
+        with progress("Measuring on held-out text", n) as step:
+            fidelity = measure(head, weight, states.held_out, bias=bias, step=step)
+        del weight
+        measured = {
+            "recall": float(fidelity.recall.mean()),
+            "agreement": float(fidelity.agreement.mean()),
+            "kl": float(fidelity.kl(head.tail_offset).mean()),
+            "held_out_tokens": len(states.held_out),
+        }
+        with progress("Writing", 2) as step:
+            files.save_head(result, head)
+            step()
+            config[files.CONFIG_KEY] = {
+                **files.describe(head, path, files.table_sha256(table)),
+                "recipe": recipe,
+                "seed": seed,
+                "calibration": "built-in"
+                if calibration_data is None
+                else Path(calibration_data).name,
+                "measured": measured,
+            }
+            report = _report(target, head, table, measured, start)
+            utils.save(
+                result, source.hub_id or source.folder, model, tokenizer, config
+            )
+            step()
+        result.chmod(0o755)
+    return report
+
+
+def build_head(
+    table: Table,
+    weight: np.ndarray,
+    bias: np.ndarray | None,
+    states: calibrate.States,
+    recipe: Recipe = RECIPES["default"],
+    *,
+    head_bits: int = 8,
+    group_size: int = 64,
+    centroid_bits: int = 4,
+    cluster_size: int = 16,
+    n_probes: int | None = None,
+    seed: int = 0,
+    stop_tokens: list[int] = [],
+    progress: Progress = silent,
+) -> FlashHead:
+    """Cluster, pack and calibrate a head.
+
+    Args:
+        table: The head as it is stored, ``[V, D]``.
+        weight: The unquantized head, float32 ``[V, D]``.
+        bias: Its bias, float32 ``[V]``.
+        states: Calibration states.
+    """
+    factor = None
+    if recipe.hidden_state_metric:
+        factor = cluster.metric_factor(states.second_moment())
+    always = None
+    if recipe.always:
+        always = always_tokens(len(weight), cluster_size, stop_tokens)
+    clustering = cluster.cluster(
+        cluster.directions(weight, factor),
+        cluster_size,
+        always=always,
+        seed=seed,
+        progress=progress,
+    )
+    make = pack.mean_centroids if recipe.mean_centroids else pack.unit_centroids
+    n_clusters = len(clustering.token_ids)
+    if n_probes is not None and not 1 <= n_probes <= n_clusters:
+        raise ConvertError(f"--n-probes must be from 1 to {n_clusters}, not {n_probes}")
+    head = pack.pack(
+        clustering,
+        table,
+        weight,
+        make(clustering, weight),
+        bias=bias,
+        head_bits=head_bits,
+        centroid_bits=centroid_bits,
+        group_size=group_size,
+        n_probes=n_probes,
+    )
+    return pack.calibrate(
+        head,
+        clustering,
+        weight,
+        states.fit,
+        bias=bias,
+        use_spread=recipe.spread,
+        progress=progress,
+    )
+
+
+def _check_options(head_bits, centroid_bits, group_size, cluster_size, recipe) -> None:
+    for flag, value, allowed in (
+        ("--head-bits", head_bits, HEAD_BITS),
+        ("--centroid-bits", centroid_bits, HEAD_BITS),
+        ("--group-size", group_size, GROUP_SIZES),
+        ("--recipe", recipe, tuple(RECIPES)),
+    ):
+        if value is not None and value not in allowed:
+            choices = ", ".join(map(str, allowed))
+            raise ConvertError(f"{flag} {value} is not one of {choices}")
+    if not 2 <= cluster_size <= 128:
+        raise ConvertError(f"--cluster-size must be from 2 to 128, not {cluster_size}")
+
+
+def _head_format(
+    table: Table, head_bits: int | None, group_size: int | None
+) -> tuple[int, int]:
+    """Bits and group size of the rows; the source's where nothing else is asked."""
+    keep = table.quantized and head_bits in (None, table.bits)
+    if table.quantized and table.mode != "affine":
+        raise ConvertError(
+            f"the head is quantized with mode {table.mode!r}; dequantize the model "
+            "first (mlx_lm.convert -d)"
+        )
+    if group_size is None:
+        keeps = keep and table.group_size
+        group_size = keeps or default_group_size(table.hidden_size)
+    if table.hidden_size % group_size:
+        fits = [g for g in GROUP_SIZES if table.hidden_size % g == 0]
+        hint = f"use {' or '.join(map(str, fits))}" if fits else "use --head-bits 16"
+        raise ConvertError(
+            f"the hidden size {table.hidden_size} is not a multiple of "
+            f"--group-size {group_size}; {hint}"
+        )
+    return head_bits or (table.bits if table.quantized else 8), group_size
+
+
+def _states(source: Source, tokenizer, path: str, documents, progress):
+    model = source.load_for_calibration()
+    return calibrate.collect(model, tokenizer, path, documents, progress=progress)
+
+
+def _finite(weight: np.ndarray, path: str) -> np.ndarray:
+    bad = ~np.isfinite(weight).all(axis=1)
+    if bad.any():
+        raise ConvertError(
+            f"{path} has NaN or infinite weights in {bad.sum()} rows (first: token "
+            f"{int(bad.argmax())}); the model file is damaged, get it again"
+        )
+    return weight
+
+
+def _bias(module: nn.Module) -> np.ndarray | None:
+    return np.array(module.bias.astype(mx.float32)) if "bias" in module else None
+
+
+def _quantize_body(model, config, path: str, body, head):
+    """``mlx_lm.convert -q``, but for the head, which has bits of its own."""
+    group_size, bits, mode = body
+    head_group_size, head_bits = head
+    theirs = getattr(model, "quant_predicate", None)
+
+    def predicate(name: str, module: nn.Module) -> bool | dict[str, Any]:
+        if name == path:
+            if head_bits >= 16:
+                return False
+            return {"group_size": head_group_size, "bits": head_bits, "mode": "affine"}
+        return theirs(name, module) if theirs is not None else True
+
+    try:
+        return utils.quantize_model(
+            model, config, group_size, bits, mode=mode, quant_predicate=predicate
+        )
+    except ValueError as e:
+        raise ConvertError(f"-q: {e}") from e
+
+
+def _estimated_bytes(model: nn.Module, table: Table) -> int:
+    from mlx.utils import tree_flatten
+
+    body = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+    return int(body + 1.2 * table.nbytes) + (64 << 20)
+
+
+def _report(target, head, table, measured, start) -> Report:
+    return Report(
+        path=str(target),
+        vocab_size=head.vocab_size,
+        hidden_size=head.hidden_size,
+        n_clusters=head.n_clusters,
+        cluster_size=head.cluster_size,
+        n_probes=head.n_probes,
+        head_bits=head.rows.bits,
+        centroid_bits=head.centroids.bits,
+        dense_bits=table.bits,
+        dense_bytes=table.nbytes,
+        flash_bytes=head.bytes_read(),
+        rows_read=head.rows_read() / head.vocab_size,
+        seconds=time.perf_counter() - start,
+        **measured,
+    )
+
+
+def report_json(report: Report) -> str:
+    return json.dumps(asdict(report), indent=2)

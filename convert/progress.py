@@ -1,0 +1,23 @@
+"""Progress bars with the name of the stage."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Callable, ContextManager, Iterator
+
+from tqdm import tqdm
+
+Step = Callable[[], None]
+Progress = Callable[[str, int], ContextManager[Step]]
+
+
+@contextlib.contextmanager
+def silent(stage: str, total: int) -> Iterator[Step]:
+    yield lambda: None
+
+
+@contextlib.contextmanager
+def bars(stage: str, total: int) -> Iterator[Step]:
+    """A bar on standard error, with the stage's name and the number of its steps."""
+    with tqdm(total=total, desc=f"{stage:<34}", unit="", dynamic_ncols=True) as bar:
+        yield lambda: bar.update() and None

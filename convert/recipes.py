@@ -1,0 +1,54 @@
+"""What the converter's recipes do, and its rules for what a user leaves open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+# Vocabularies up to this size get clusters of frequent tokens, probed at every step:
+# there a single badly placed frequent token costs a point of recall.
+SMALL_VOCABULARY = 160_000
+# Low ids are frequent: byte-pair ids follow the order of the merges.
+N_FREQUENT = 1024
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a head is clustered.
+
+    Attributes:
+        hidden_state_metric: Cluster in the metric of calibration states.
+        mean_centroids: Centroids are means of the rows; else unit directions.
+        spread: Add the calibrated bonus to a cluster's score.
+        always: Keep clusters that are probed at every step.
+    """
+
+    hidden_state_metric: bool = True
+    mean_centroids: bool = True
+    spread: bool = True
+    always: bool = True
+
+
+RECIPES = {
+    "default": Recipe(),
+    # The plain variant of arXiv 2603.14591, for comparison.
+    "paper": Recipe(False, False, False, False),
+}
+
+
+def always_tokens(
+    vocab_size: int, cluster_size: int, stop_tokens: list[int]
+) -> np.ndarray:
+    """Tokens in the clusters that are probed at every step: those that end a text,
+    so that no answer runs on for want of them, and in small vocabularies the most
+    frequent. At least one cluster full, at most half the vocabulary."""
+    n = N_FREQUENT if vocab_size <= SMALL_VOCABULARY else cluster_size
+    n = min(max(n, cluster_size), vocab_size // 2)
+    stops = [t for t in stop_tokens if 0 <= t < vocab_size]
+    return np.array(list(dict.fromkeys([*sorted(stops), *range(vocab_size)]))[:n])
+
+
+def default_group_size(hidden_size: int) -> int:
+    """64 weights per scale where the hidden size allows it, else 32."""
+    return 64 if hidden_size % 64 == 0 else 32

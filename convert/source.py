@@ -1,0 +1,131 @@
+"""Open what is to be converted: a Hugging Face id, a local folder or a GGUF file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+from mlx.utils import tree_map_with_path
+from mlx_lm import utils
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+
+from mlx_flashhead.files import CONFIG_KEY
+
+from .gguf import read_gguf
+
+
+class SourceError(ValueError):
+    """The model to convert cannot be opened."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model folder on this machine.
+
+    Attributes:
+        folder: Where it is.
+        name: How the user named it.
+        hub_id: Its Hugging Face id, if it came from the hub's main branch.
+        trust_remote_code: Whether its own code may run.
+    """
+
+    folder: Path
+    name: str
+    hub_id: str | None = None
+    trust_remote_code: bool = False
+
+    def load(self, dtype: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
+        """``(model, tokenizer, config)``, lazy, cast as ``mlx_lm.convert`` casts.
+
+        Raises:
+            SourceError: mlx-lm cannot load it.
+        """
+        try:
+            model, tokenizer, config = utils.load(
+                str(self.folder),
+                return_config=True,
+                lazy=True,
+                tokenizer_config={"trust_remote_code": self.trust_remote_code},
+                trust_remote_code=self.trust_remote_code,
+            )
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
+            reason = " ".join(str(e).split()) or type(e).__name__
+            raise SourceError(
+                f"{self.name}: mlx-lm cannot load this model: {reason[:400]}"
+            ) from e
+        text_config = config.get("text_config") or {}
+        dtype = dtype or config.get("torch_dtype") or text_config.get("dtype")
+        if dtype in MODEL_CONVERSION_DTYPES:
+            cast(model, getattr(mx, dtype))
+        return model, tokenizer, config
+
+    def load_for_calibration(self) -> nn.Module:
+        """The model once more, to be run: on a CPU dequantized and in float32, where
+        anything else is many times slower."""
+        model, _ = utils.load_model(
+            self.folder, lazy=True, trust_remote_code=self.trust_remote_code
+        )
+        if mx.default_device() == mx.Device(mx.cpu):
+            model = utils.dequantize_model(model)
+            model.set_dtype(mx.float32)
+        return model
+
+
+def cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    """Cast a model's floating-point parameters where the model allows it."""
+    may_cast = getattr(model, "cast_predicate", lambda _: True)
+
+    def set_dtype(name: str, value: mx.array) -> mx.array:
+        floating = mx.issubdtype(value.dtype, mx.floating)
+        return value.astype(dtype) if floating and may_cast(name) else value
+
+    model.update(tree_map_with_path(set_dtype, model.parameters()))
+
+
+def open_hf(name: str, revision: str | None, trust_remote_code: bool) -> Source:
+    """A local folder, or a snapshot from the Hugging Face hub.
+
+    Raises:
+        SourceError: Neither is there.
+    """
+    path = Path(name)
+    if path.is_file():
+        hint = "use --gguf-path" if path.suffix == ".gguf" else "give its folder"
+        raise SourceError(f"--hf-path {name} is a file; {hint}")
+    try:
+        folder = utils._download(name, revision=revision)
+    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise SourceError(
+            f"--hf-path {name}: no such folder, and the Hugging Face hub does not "
+            f"give it ({reason[:200]})"
+        ) from e
+    config = folder / "config.json"
+    if not config.is_file():
+        raise SourceError(f"{name} has no config.json; give a model's folder")
+    try:
+        if CONFIG_KEY in utils.load_config(folder):
+            raise SourceError(
+                f"{name} has a FlashHead already; convert the model it was made from"
+            )
+    except (ValueError, TypeError) as e:
+        if isinstance(e, SourceError):
+            raise
+        raise SourceError(f"{config} is not valid JSON: {e}") from e
+    hub_id = name if not path.exists() and revision is None else None
+    return Source(folder, name, hub_id, trust_remote_code)
+
+
+def open_gguf(path: str, workspace: Path, dtype: str | None) -> Source:
+    """A GGUF file, written out as a model folder in ``workspace``.
+
+    Raises:
+        GGUFError: The file cannot be read.
+    """
+    folder = workspace / "source"
+    read_gguf(path).write(folder, dtype=dtype or "bfloat16")
+    return Source(folder, path)

@@ -1,0 +1,55 @@
+"""Write a folder whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Iterator
+
+
+class StagingError(ValueError):
+    """The target folder cannot be written."""
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[tuple[Path, Path]]:
+    """Give ``(result, workspace)``: folders in a hidden temporary folder beside the
+    target. On success ``result`` becomes the target, in one rename; the rest goes in
+    any case.
+
+    Raises:
+        StagingError: The target exists, or its parent cannot be written.
+    """
+    if target.exists() or target.is_symlink():
+        raise StagingError(
+            f"{target} already exists; delete it or choose another --mlx-path"
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        hidden = tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
+    except OSError as e:
+        raise StagingError(f"cannot write beside {target}: {e.strerror}") from e
+    try:
+        result, workspace = Path(hidden, "result"), Path(hidden, "workspace")
+        result.mkdir()
+        workspace.mkdir()
+        yield result, workspace
+        try:
+            os.rename(result, target)
+        except OSError as e:
+            raise StagingError(f"cannot create {target}: {e.strerror}") from e
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def check_space(folder: Path, n_bytes: int) -> None:
+    """Raise StagingError if the disk has less than ``n_bytes`` left."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise StagingError(
+            f"the disk has {free / 1e9:.1f} GB left and the converted model needs "
+            f"{n_bytes / 1e9:.1f} GB; free some space or choose another --mlx-path"
+        )

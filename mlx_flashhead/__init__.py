@@ -1,0 +1,9 @@
+"""Training-free retrieval heads for MLX language models (FlashHead,
+arXiv 2603.14591): more tokens per second with the model's own answers."""
+
+from .head import Candidates, FlashHead
+from .load import load
+from .patch import patch, patched, unpatch
+
+__version__ = "0.1.0"
+__all__ = ["Candidates", "FlashHead", "load", "patch", "patched", "unpatch"]

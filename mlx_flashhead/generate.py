@@ -1,0 +1,114 @@
+"""``mlx_flashhead.generate``: mlx-lm's ``generate`` with FlashHead.
+
+The options are mlx-lm's own, read from the installed version's parser, and its
+command does the work; what is added here is the FlashHead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import Any, Iterator
+
+import click
+from click.core import ParameterSource
+from mlx_lm import generate as mlx_lm_generate
+
+from . import demo_model
+from .blas import hint
+from .patch import patched
+
+
+def options_of(parser: argparse.ArgumentParser) -> list[click.Option]:
+    """An argparse parser's options as click options of the same names."""
+    options = []
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction) or not action.option_strings:
+            continue
+        kind: dict[str, Any] = {"help": action.help, "default": None}
+        if isinstance(action, argparse._StoreTrueAction):
+            kind["is_flag"] = True
+        elif action.nargs == "+":
+            kind["multiple"] = True
+            kind["help"] = f"{action.help} Repeat the option for several."
+        elif action.choices:
+            kind["type"] = click.Choice([str(c) for c in action.choices])
+        elif action.type in (int, float):
+            kind["type"] = action.type
+        options.append(click.Option([*action.option_strings, action.dest], **kind))
+    return options
+
+
+def given(ctx: click.Context, params: list[click.Option]) -> list[str]:
+    """The command line's words for those options that the user gave."""
+    words: list[str] = []
+    for param in params:
+        if ctx.get_parameter_source(param.name) is not ParameterSource.COMMANDLINE:
+            continue
+        flag, value = max(param.opts, key=len), ctx.params[param.name]
+        if param.is_flag:
+            words.append(flag)
+        elif param.multiple:
+            words += [flag, *value]
+        elif flag.startswith("--"):
+            # One word, so that a value may start with a dash.
+            words.append(f"{flag}={value}")
+    return words
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user can cause into a one-line error."""
+    try:
+        yield
+    except (ValueError, OSError, KeyError, RuntimeError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise click.ClickException(reason[:500]) from e
+
+
+_theirs = options_of(mlx_lm_generate.setup_arg_parser())
+
+
+@click.pass_context
+def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> None:
+    """Generate text with a converted model.
+
+    Takes what mlx_lm.generate takes. Without --model, uses the demo model, Gemma 3
+    270M, converted on first use.
+    """
+    if message := hint():
+        click.echo(message, err=True)
+    with one_line_errors():
+        argv = given(ctx, _theirs)
+        if ctx.params.get("model") is None and ctx.params.get("prompt_cache_file") is None:
+            model, what = demo_model.default()
+            click.echo(f"Model: {what}", err=True)
+            argv.append(f"--model={model}")
+        before = sys.argv
+        sys.argv = ["mlx_flashhead.generate", *argv]
+        try:
+            with patched(n_probes=n_probes, dense=dense):
+                mlx_lm_generate.main()
+        finally:
+            sys.argv = before
+
+
+main = click.Command(
+    "mlx_flashhead.generate",
+    callback=_run,
+    help=_run.__doc__,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    params=[
+        *_theirs,
+        click.Option(
+            ["--n-probes"],
+            type=click.IntRange(min=1),
+            help="Clusters probed per token.  [default: the converted number]",
+        ),
+        click.Option(["--dense"], is_flag=True, help="Use the dense head."),
+    ],
+)
+
+if __name__ == "__main__":
+    main(prog_name="mlx_flashhead.generate")

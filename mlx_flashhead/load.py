@@ -1,0 +1,41 @@
+"""Load a converted model, with its FlashHead in place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlx_lm import utils
+
+from .patch import patched
+
+
+def load(
+    path_or_hf_repo: str | Path,
+    *,
+    n_probes: int | None = None,
+    dense: bool = False,
+    **kwargs: Any,
+):
+    """Load a converted model and its tokenizer, like :func:`mlx_lm.load`.
+
+    On a CPU back-end the model computes in float32.
+
+    Args:
+        path_or_hf_repo: A converted folder, or the Hugging Face id of one. A model
+          without a FlashHead is loaded as mlx-lm loads it.
+        n_probes: Clusters probed per decoded token, instead of the stored number.
+        dense: Leave the dense head in place.
+        **kwargs: What :func:`mlx_lm.load` takes (``lazy``, ``adapter_path``,
+          ``tokenizer_config``, ``return_config``, ``revision``, ...).
+
+    Returns:
+        ``(model, tokenizer)``, and the config where ``return_config`` is true.
+
+    Raises:
+        FormatError: The folder's FlashHead is missing or damaged.
+        FileNotFoundError: There is no model there.
+    """
+    with patched(n_probes=n_probes, dense=dense):
+        return utils.load(str(path_or_hf_repo), **kwargs)
+

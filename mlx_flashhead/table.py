@@ -1,0 +1,130 @@
+"""A matrix of rows, in 16 or 32 bits or quantized, read whole or in part."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class Table(nn.Module):
+    """Rows ``[..., D]`` held dense, or packed by :func:`mlx.core.quantize`.
+
+    The last axis is the hidden dimension and the one before it the row; any
+    axes in front (the cluster of a clustered vocabulary) come first.
+
+    Args:
+        weight (mx.array): ``[..., n, D]`` floating, or ``[..., n, D * bits / 32]``
+          uint32 where quantized.
+        scales (mx.array, optional): ``[..., n, D / group_size]``.
+        biases (mx.array, optional): like ``scales``; ``None`` for the modes that
+          have none (mxfp4, nvfp4, mxfp8).
+        bits (int): Bits per weight; 16 or 32 where not quantized.
+        group_size (int): Weights per scale; 0 where not quantized.
+        mode (str): MLX's quantization mode.
+    """
+
+    def __init__(
+        self,
+        weight: mx.array,
+        scales: mx.array | None = None,
+        biases: mx.array | None = None,
+        *,
+        bits: int = 16,
+        group_size: int = 0,
+        mode: str = "affine",
+    ):
+        super().__init__()
+        self.weight = weight
+        if scales is not None:
+            self.scales = scales
+        if biases is not None:
+            self.biases = biases
+        self.bits = bits
+        self.group_size = group_size
+        self.mode = mode
+
+    @classmethod
+    def from_dense(
+        cls, weight: mx.array, bits: int, group_size: int, mode: str = "affine"
+    ) -> Table:
+        """Quantize ``weight [..., n, D]``; 16 and 32 bits keep it as it is."""
+        if bits >= 16:
+            return cls(weight, bits=8 * weight.dtype.size)
+        packed = mx.quantize(weight, group_size=group_size, bits=bits, mode=mode)
+        return cls(*packed, bits=bits, group_size=group_size, mode=mode)
+
+    @property
+    def quantized(self) -> bool:
+        return "scales" in self
+
+    @property
+    def hidden_size(self) -> int:
+        n = self.weight.shape[-1]
+        return n * 32 // self.bits if self.quantized else n
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Dtype of the rows once dequantized."""
+        scales = self.scales if self.quantized else self.weight
+        return scales.dtype if mx.issubdtype(scales.dtype, mx.floating) else mx.bfloat16
+
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes for a in self._arrays() if a is not None)
+
+    def _arrays(self) -> tuple[mx.array, mx.array | None, mx.array | None]:
+        return self.weight, self.get("scales"), self.get("biases")
+
+    def map(self, f) -> Table:
+        """The same table with ``f`` applied to each of its arrays."""
+        arrays = (None if a is None else f(a) for a in self._arrays())
+        return Table(
+            *arrays, bits=self.bits, group_size=self.group_size, mode=self.mode
+        )
+
+    def dequantize(self, dtype: mx.Dtype | None = None) -> mx.array:
+        """The rows as floating point ``[..., n, D]``."""
+        if not self.quantized:
+            return self.weight if dtype is None else self.weight.astype(dtype)
+        return mx.dequantize(
+            *self._arrays(),
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            dtype=dtype,
+        )
+
+    def take(self, index: mx.array) -> mx.array:
+        """Rows ``[*index.shape, D]`` of a table ``[n, D]``."""
+        return self.map(lambda a: a[index]).dequantize()
+
+    def matmul(self, x: mx.array) -> mx.array:
+        """``x [..., D]`` times every row of a table ``[n, D]``: ``[..., n]``."""
+        if not self.quantized:
+            return x @ self.weight.T
+        return mx.quantized_matmul(
+            x,
+            *self._arrays(),
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+
+    def gather_matmul(self, x: mx.array, index: mx.array) -> mx.array:
+        """``x [B, D]`` times the rows of blocks ``index [B, p]`` of a table
+        ``[C, m, D]``: ``[B, p, m]``."""
+        x = x[:, None, None]
+        if not self.quantized:
+            y = mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=index)
+        else:
+            y = mx.gather_qmm(
+                x,
+                *self._arrays(),
+                rhs_indices=index,
+                transpose=True,
+                group_size=self.group_size,
+                bits=self.bits,
+                mode=self.mode,
+            )
+        return y.squeeze(-2)
