@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import click
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
@@ -74,6 +77,8 @@ def main(as_json: bool, **options) -> None:
     """
     if message := hint():
         click.echo(message, err=True)
+    # Leave through the front door, which takes the unfinished folder along.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         report = convert(**options)
     except (ValueError, OSError, RuntimeError, MemoryError) as e:

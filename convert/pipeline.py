@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from mlx_lm import utils
 
 from mlx_flashhead import files
@@ -242,34 +245,41 @@ def build_head(
         bias: Its bias, float32 ``[V]``.
         states: Calibration states.
     """
-    factor = None
-    if recipe.hidden_state_metric:
-        factor = cluster.metric_factor(states.second_moment())
+    with progress("Clustering: metric", 1) as step:
+        factor = None
+        if recipe.hidden_state_metric:
+            factor = cluster.metric_factor(states.second_moment())
+        directions = cluster.directions(weight, factor)
+        step()
     always = None
     if recipe.always:
         always = always_tokens(len(weight), cluster_size, stop_tokens)
     clustering = cluster.cluster(
-        cluster.directions(weight, factor),
+        directions,
         cluster_size,
         always=always,
         seed=seed,
         progress=progress,
     )
+    del directions
     make = pack.mean_centroids if recipe.mean_centroids else pack.unit_centroids
     n_clusters = len(clustering.token_ids)
     if n_probes is not None and not 1 <= n_probes <= n_clusters:
         raise ConvertError(f"--n-probes must be from 1 to {n_clusters}, not {n_probes}")
-    head = pack.pack(
-        clustering,
-        table,
-        weight,
-        make(clustering, weight),
-        bias=bias,
-        head_bits=head_bits,
-        centroid_bits=centroid_bits,
-        group_size=group_size,
-        n_probes=n_probes,
-    )
+    with progress("Packing", 1) as step:
+        head = pack.pack(
+            clustering,
+            table,
+            weight,
+            make(clustering, weight),
+            bias=bias,
+            head_bits=head_bits,
+            centroid_bits=centroid_bits,
+            group_size=group_size,
+            n_probes=n_probes,
+        )
+        mx.eval(head.parameters())
+        step()
     return pack.calibrate(
         head,
         clustering,
@@ -351,16 +361,16 @@ def _quantize_body(model, config, path: str, body, head):
         return theirs(name, module) if theirs is not None else True
 
     try:
-        return utils.quantize_model(
-            model, config, group_size, bits, mode=mode, quant_predicate=predicate
-        )
+        # mlx-lm prints; standard output is the report's.
+        with contextlib.redirect_stdout(sys.stderr):
+            return utils.quantize_model(
+                model, config, group_size, bits, mode=mode, quant_predicate=predicate
+            )
     except ValueError as e:
         raise ConvertError(f"-q: {e}") from e
 
 
 def _estimated_bytes(model: nn.Module, table: Table) -> int:
-    from mlx.utils import tree_flatten
-
     body = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
     return int(body + 1.2 * table.nbytes) + (64 << 20)
 

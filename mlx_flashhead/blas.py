@@ -14,7 +14,7 @@ def hint() -> str | None:
     if platform.system() != "Linux" or mx.default_device() != mx.Device(mx.cpu):
         return None
     maps = Path("/proc/self/maps")
-    if not maps.exists() or "libopenblas.so.0" in maps.read_text():
+    if not maps.exists() or "libopenblas" in maps.read_text():
         return None
     return (
         "Note: MLX's CPU back-end carries a slow BLAS. For many times the speed: "

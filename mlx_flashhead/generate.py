@@ -9,11 +9,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 from typing import Any, Iterator
 
 import click
 from click.core import ParameterSource
-from mlx_lm import generate as mlx_lm_generate
+from mlx_lm.generate import main as mlx_lm_main
+from mlx_lm.generate import setup_arg_parser
 
 from . import demo_model
 from .blas import hint
@@ -67,7 +69,20 @@ def one_line_errors() -> Iterator[None]:
         raise click.ClickException(reason[:500]) from e
 
 
-_theirs = options_of(mlx_lm_generate.setup_arg_parser())
+_theirs = options_of(setup_arg_parser())
+next(o for o in _theirs if o.name == "model").help = (
+    "A converted folder, or a Hugging Face id.  [default: the demo model]"
+)
+
+
+def _check_exists(option: str, path: str | None) -> None:
+    """Raise ValueError for what is neither on this machine nor a hub id's form."""
+    if path is None or Path(path).exists():
+        return
+    if option == "adapter_path" or path.count("/") != 1 or path[0] in "./~":
+        flag = f"--{option.replace('_', '-')}"
+        hint = "" if option == "adapter_path" else " and no Hugging Face id"
+        raise ValueError(f"{flag} {path}: no such folder{hint}")
 
 
 @click.pass_context
@@ -81,6 +96,8 @@ def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> 
         click.echo(message, err=True)
     with one_line_errors():
         argv = given(ctx, _theirs)
+        for option in ("model", "draft_model", "adapter_path"):
+            _check_exists(option, ctx.params.get(option))
         if ctx.params.get("model") is None and ctx.params.get("prompt_cache_file") is None:
             model, what = demo_model.default()
             click.echo(f"Model: {what}", err=True)
@@ -89,7 +106,7 @@ def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> 
         sys.argv = ["mlx_flashhead.generate", *argv]
         try:
             with patched(n_probes=n_probes, dense=dense):
-                mlx_lm_generate.main()
+                mlx_lm_main()
         finally:
             sys.argv = before
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from . import kernels
 from .table import Table
 
 # Added to the score of a cluster that is probed at every step. Finite, so that a
@@ -154,21 +155,31 @@ class FlashHead(nn.Module):
         return means + (self.excess + self.tail_offset)
 
     def select(self, means: mx.array) -> mx.array:
-        """The clusters to probe, uint32 ``[B, p]``, ascending in each row."""
-        scores = -(means + self.spread)
-        p = self.n_probes
-        if p < self.n_clusters:
-            scores = mx.argpartition(scores, kth=p - 1, axis=-1)[:, :p]
-            return mx.sort(scores.astype(mx.uint32), axis=-1)
-        return mx.broadcast_to(mx.arange(p, dtype=mx.uint32), scores.shape)
+        """The clusters to probe, uint32 ``[B, p]``, ascending in each row; among equal
+        scores the lower index."""
+        return kernels.select_probes(means, self.n_probes, spread=self.spread)
 
     def score(self, x: mx.array, probes: mx.array) -> mx.array:
         """Exact logits, float32 ``[B, p, m]``, of the rows of ``probes [B, p]``."""
-        y = self.rows.gather_matmul(x, probes).astype(mx.float32)
+        rows, shape = self.rows, (*probes.shape, self.cluster_size)
+        if rows.has_kernel and x.dtype == rows.dtype:
+            y = kernels.probe_logits(
+                x,
+                rows.weight,
+                rows.get("scales"),
+                rows.get("biases"),
+                probes,
+                group_size=rows.group_size,
+                bits=rows.bits,
+                n_rows=self.vocab_size,
+            ).reshape(shape)
+        else:
+            y = rows.gather_matmul(x, probes).astype(mx.float32)
+            if self.padding:
+                real = self.token_ids[probes] < self.vocab_size
+                y = mx.where(real, y, -mx.inf)
         if "bias" in self:
             y = y + self.bias[probes]
-        if self.padding:
-            y = mx.where(self.token_ids[probes] < self.vocab_size, y, -mx.inf)
         return y
 
     def candidates(self, x: mx.array) -> Candidates:

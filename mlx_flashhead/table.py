@@ -72,6 +72,13 @@ class Table(nn.Module):
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self._arrays() if a is not None)
 
+    @property
+    def has_kernel(self) -> bool:
+        """Whether :func:`mlx_flashhead.kernels.probe_logits` takes such rows."""
+        if not self.quantized:
+            return self.hidden_size % 32 == 0
+        return self.mode == "affine" and self.bits in (4, 5, 6, 8)
+
     def _arrays(self) -> tuple[mx.array, mx.array | None, mx.array | None]:
         return self.weight, self.get("scales"), self.get("biases")
 

@@ -1,0 +1,38 @@
+# make demo: convert Gemma 3 270M and continue a prompt, dense and with FlashHead
+# make test: the whole test suite
+PYTHON ?= python3
+BIN := .venv/bin
+
+# MLX: plain on macOS; on Linux its CUDA back-end where there is an NVIDIA GPU.
+ifeq ($(shell uname -s),Darwin)
+MLX :=
+else ifneq ($(shell nvidia-smi -L 2>/dev/null | grep -c GPU),0)
+MLX := ,cuda
+else
+MLX := ,cpu
+# A fast BLAS for MLX on a CPU, where the system has one.
+OPENBLAS := $(shell PATH=$$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | sed -n 's/.* => \(.*libopenblas\.so\.0\)$$/\1/p' | head -n 1)
+RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
+endif
+
+.PHONY: demo test blas clean
+
+demo: .venv/demo blas
+	$(RUN) $(BIN)/mlx_flashhead.demo
+
+test: .venv/test blas
+	$(RUN) $(BIN)/python -m pytest
+
+.venv/%: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or later is needed, this is %d.%d: use make PYTHON=python3.12" % v[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$*$(MLX)]'
+	touch $@
+
+blas:
+ifeq ($(MLX)$(OPENBLAS),,cpu)
+	@echo "Note: without OpenBLAS this is many times slower; on Debian and Ubuntu: sudo apt-get install libopenblas0-pthread"
+endif
+
+clean:
+	rm -rf .venv build dist *.egg-info
