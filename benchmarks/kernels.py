@@ -1,0 +1,248 @@
+"""Latency of one decode step through the head: dense against FlashHead.
+
+Steps depend on each other (each adds a multiple of the token it chose to the next
+hidden state) and are evaluated together, so launches count and host round trips do
+not. Everything is relative to the same run on the same device; random weights have the
+bytes and the shapes of the models, which is what latency depends on.
+
+usage: python benchmarks/kernels.py [--steps 64] [--models NAME ...] [--predict]
+"""
+
+import argparse
+import time
+from functools import partial
+
+import mlx.core as mx
+
+from mlx_flashhead import kernels
+
+# vocab_size, hidden_size
+MODELS = {
+    "Gemma-3-270M": (262_144, 640),
+    "Gemma-3-1B": (262_144, 1152),
+    "Qwen3-0.6B": (151_936, 1024),
+    "Llama-3.2-1B": (128_256, 2048),
+}
+CLUSTER_SIZE = 16
+TOP_P, TEMPERATURE = 0.95, 0.8
+
+# Published memory bandwidth, GB/s.
+BANDWIDTH = {
+    "M1": 68,
+    "M1 Pro": 200,
+    "M1 Max": 400,
+    "M2": 100,
+    "M2 Max": 400,
+    "M3": 100,
+    "M3 Max": 400,
+    "M3 Ultra": 819,
+    "M4": 120,
+    "M4 Pro": 273,
+    "M4 Max": 546,
+    "M5": 153,
+}
+
+
+@mx.compile
+def link(start: mx.array, token: mx.array) -> mx.array:
+    """The next hidden state, which has to wait for the token."""
+    return start + (token[:, None] % 7).astype(start.dtype) * 1e-3
+
+
+def chain(step, steps: int, repeats: int = 30) -> float:
+    """Seconds per step of ``steps`` dependent steps, the best of ``repeats``."""
+
+    def run() -> None:
+        h = start
+        for i in range(steps):
+            token = step(h, i)
+            h = link(start, token)
+        mx.eval(h)
+
+    start = step.start
+    run()
+    best = float("inf")
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        best = min(best, time.perf_counter() - begin)
+    return best / steps
+
+
+class Step:
+    """A function from a hidden state and a step's number to a token."""
+
+    def __init__(self, start: mx.array, function):
+        self.start = start
+        self.function = function
+
+    def __call__(self, h: mx.array, i: int) -> mx.array:
+        return self.function(h, i)
+
+
+def dense_sample(logits: mx.array, i: int) -> mx.array:
+    """mlx-lm's top-p over the whole vocabulary, then a draw."""
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    ordered = mx.sort(logprobs, axis=-1)
+    probs = mx.exp(ordered.astype(mx.float32))
+    above = mx.cumsum(probs, axis=-1, reverse=True, inclusive=False)
+    dropped = (above >= TOP_P).sum(axis=-1, keepdims=True)
+    edge = mx.take_along_axis(ordered, dropped, axis=-1)
+    kept = mx.where(logprobs < edge, -mx.inf, logprobs)
+    return mx.random.categorical(kept * (1 / TEMPERATURE), key=keys[i])
+
+
+keys = mx.random.split(mx.random.key(0), 1024)
+
+
+def measure(vocab_size: int, hidden_size: int, steps: int) -> dict[str, float]:
+    """Microseconds per step, by what was measured."""
+    V, D, m = vocab_size, hidden_size, CLUSTER_SIZE
+    C = V // m
+    p = C // 16
+    rows = mx.random.normal((V, D), scale=D**-0.5).astype(mx.bfloat16)
+    start = mx.random.normal((1, D)).astype(mx.bfloat16)
+    token_ids = mx.random.permutation(V).astype(mx.uint32).reshape(C, m)
+    spread = mx.random.uniform(shape=(C,))
+    centroids = mx.quantize(rows.reshape(C, m, D).mean(1), group_size=64, bits=4)
+    packed = {bits: mx.quantize(rows, group_size=64, bits=bits) for bits in (8, 4)}
+    mx.eval(rows, start, token_ids, spread, centroids, packed, keys)
+    product = partial(mx.quantized_matmul, transpose=True, group_size=64)
+
+    def dense(bits):
+        if bits == 16:
+            return lambda h: h @ rows.T
+        return lambda h: product(h, *packed[bits], bits=bits)
+
+    def scores(h):
+        return product(h, *centroids, bits=4)
+
+    def flash(bits, sampled):
+        arrays = (rows, None, None) if bits == 16 else packed[bits]
+        arrays = [a if a is None else a.reshape(C, m, -1) for a in arrays]
+
+        def step(h, i):
+            probes = kernels.select_probes(scores(h), p, spread=spread)
+            ids = {"probes": probes, "token_ids": token_ids}
+            if not sampled:
+                score = kernels.probe_logits_stats
+                blocks = score(h, *arrays, probes, bits=min(bits, 8))
+                return kernels.greedy(
+                    blocks.block_max, indices=blocks.block_argmax, **ids
+                )
+            logits = kernels.probe_logits(h, *arrays, probes, bits=min(bits, 8))
+            settings = {"temperature": TEMPERATURE, "top_p": TOP_P}
+            return kernels.sample(logits, keys[i], **settings, **ids)
+
+        return step
+
+    def parts(h, i, last):
+        """The kernels' step up to one of its launches."""
+        got = scores(h)
+        if last > 0:
+            got = kernels.select_probes(got, p, spread=spread)
+        if last > 1:
+            blocks = [a.reshape(C, m, -1) for a in packed[8]]
+            got = kernels.probe_logits(h, *blocks, got)
+        return got[:, 0].astype(mx.uint32)
+
+    timed = {"nothing": lambda h, i: h[:, 0].astype(mx.uint32)}
+    for bits in (16, 8, 4):
+        timed[f"dense {bits}-bit"] = lambda h, i, f=dense(bits): mx.argmax(f(h), -1)
+    timed["dense 8-bit, top-p"] = lambda h, i, f=dense(8): dense_sample(f(h), i)
+    for sampled in (False, True):
+        name = ", top-p" if sampled else ""
+        for bits in (16, 8, 4) if not sampled else (8,):
+            timed[f"FlashHead {bits}-bit{name}"] = flash(bits, sampled)
+    result = {}
+    for name, function in timed.items():
+        result[name] = 1e6 * chain(Step(start, function), steps)
+        if name.startswith("FlashHead"):
+            with kernels.plain():
+                # A new function: nothing is shared with the kernels' run.
+                plain = partial(function)
+                result[f"{name}, plain MLX"] = 1e6 * chain(Step(start, plain), steps)
+    for last, name in enumerate(("stage 1", "+ select", "+ probe")):
+        function = partial(parts, last=last)
+        result[f"up to {name}"] = 1e6 * chain(Step(start, function), steps)
+    return result
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second, read and written, of a large copy."""
+    a = mx.zeros((256 << 20,), dtype=mx.uint32)
+    mx.eval(a)
+    best = float("inf")
+    for i in range(6):
+        begin = time.perf_counter()
+        mx.eval(a + (i + 1))
+        best = min(best, time.perf_counter() - begin)
+    return 2 * a.nbytes / best
+
+
+def head_bytes(vocab_size: int, hidden_size: int, bits: int) -> tuple[float, float]:
+    """Bytes that a decode step reads: the dense head, and FlashHead."""
+    per_row = hidden_size * (bits / 8 + (4 / 64 if bits < 16 else 0))
+    C = vocab_size // CLUSTER_SIZE
+    centroids = C * (hidden_size * (4 / 8 + 4 / 64) + 4)
+    return vocab_size * per_row, centroids + C // 16 * CLUSTER_SIZE * per_row
+
+
+def show(result: dict[str, float], V: int, D: int, bandwidth: float) -> None:
+    for name, time_us in result.items():
+        print(f"  {name:34}{time_us:9.1f} us")
+    for bits in (16, 8, 4):
+        dense, flash = (1e6 * b / bandwidth for b in head_bytes(V, D, bits))
+        print(
+            f"  bytes alone, {bits}-bit: dense {dense:.1f} us, FlashHead {flash:.1f} us"
+        )
+    base = result["FlashHead 8-bit"]
+    top_p = result["FlashHead 8-bit, top-p"]
+    print(
+        f"  greedy: {result['FlashHead 8-bit, plain MLX'] / base:.2f}x plain MLX, "
+        f"{result['dense 16-bit'] / base:.2f}x dense 16-bit, "
+        f"{result['dense 8-bit'] / base:.2f}x dense 8-bit, "
+        f"{result['dense 4-bit'] / base:.2f}x dense 4-bit"
+    )
+    print(
+        f"  top-p:  {result['FlashHead 8-bit, top-p, plain MLX'] / top_p:.2f}x plain "
+        f"MLX, {result['dense 8-bit, top-p'] / top_p:.2f}x dense 8-bit",
+        flush=True,
+    )
+
+
+def predict() -> None:
+    """What bytes and published bandwidths say of Apple's chips. Not measured."""
+    print("\npredicted (not measured): head alone, us per token, from bytes at 80 % of")
+    print("the published bandwidth plus 4 launches of 3 us; 8-bit rows, greedy")
+    print(f"{'':10}" + "".join(f"{name:>22}" for name in MODELS))
+    for chip, gigabytes in BANDWIDTH.items():
+        cells = []
+        for V, D in MODELS.values():
+            dense, flash = (b / (0.8 * gigabytes * 1e3) for b in head_bytes(V, D, 8))
+            dense, flash = dense + 6, flash + 12
+            cells.append(f"{dense:.0f} -> {flash:.0f} ({dense / flash:.1f}x)")
+        print(f"{chip:10}" + "".join(f"{cell:>22}" for cell in cells))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--predict", action="store_true", help="only the prediction")
+    options = parser.parse_args()
+    if not options.predict:
+        from mlx_flashhead.kernels import doctor
+
+        print(doctor.describe())
+        bandwidth = copy_bandwidth()
+        print(f"back-end {kernels.kind()}, copy bandwidth {bandwidth / 1e9:.0f} GB/s")
+        for name in options.models:
+            V, D = MODELS[name]
+            print(f"\n{name}: vocab_size {V}, hidden_size {D}", flush=True)
+            show(measure(V, D, options.steps), V, D, bandwidth)
+    predict()
+
+
+if __name__ == "__main__":
+    main()

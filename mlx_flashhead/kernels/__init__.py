@@ -1,0 +1,23 @@
+"""The head's hot path in a few launches, one kernel per file.
+
+Each public function runs as Metal on Apple silicon, as CUDA on NVIDIA GPUs and as
+plain MLX operations everywhere else, with the same result. A kernel is trusted only
+once it has matched its plain reference on the device at hand (see ``backend``).
+"""
+
+from .backend import kind, plain
+from .greedy import greedy
+from .probe_logits import ProbeLogits, probe_logits, probe_logits_stats
+from .sample import sample
+from .select_probes import select_probes
+
+__all__ = [
+    "ProbeLogits",
+    "greedy",
+    "kind",
+    "plain",
+    "probe_logits",
+    "probe_logits_stats",
+    "sample",
+    "select_probes",
+]

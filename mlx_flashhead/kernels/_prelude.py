@@ -1,0 +1,164 @@
+"""Text that the kernels share: names for either language, and common functions."""
+
+# Elements of 16 bits are read as integers: vector loads of theirs are then plain
+# integer vectors, and the address space of the source does not matter.
+_LOADS = """
+#define FLASHHEAD_LOAD(SPACE)                                              \\
+    inline float load(const SPACE float* p, size_t i) {                    \\
+        return p[i];                                                       \\
+    }                                                                      \\
+    inline float load(const SPACE half* p, size_t i) {                     \\
+        return float(as_type<half>(((const SPACE ushort*)p)[i]));          \\
+    }                                                                      \\
+    inline float load(const SPACE bfloat16_t* p, size_t i) {               \\
+        return as_type<float>(uint(((const SPACE ushort*)p)[i]) << 16);    \\
+    }
+"""
+
+METAL = (
+    _LOADS
+    + """
+FLASHHEAD_LOAD(device)
+FLASHHEAD_LOAD(constant)  // where MLX puts inputs of fewer than 8 elements
+"""
+)
+
+CUDA = (
+    """
+#define device
+#define constant
+#define threadgroup
+#define thread
+#define inline __device__ __forceinline__
+using uint = unsigned int;
+using ushort = unsigned short;
+using ulong = unsigned long long;
+using half = __half;
+using bfloat16_t = __nv_bfloat16;
+using atomic_uint = unsigned int;
+
+#define thread_position_in_threadgroup threadIdx
+#define threadgroup_position_in_grid blockIdx
+#define thread_index_in_simdgroup (threadIdx.x & 31)
+#define simdgroup_index_in_threadgroup (threadIdx.x >> 5)
+#define threadgroup_barrier(flags) __syncthreads()
+#define memory_order_relaxed 0
+#define atomic_load_explicit(p, order) (*(p))
+#define atomic_store_explicit(p, v, order) (*(p) = (v))
+#define atomic_fetch_add_explicit(p, v, order) atomicAdd(p, v)
+
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
+template <typename T, typename U>
+inline T as_type(U u) {
+    static_assert(sizeof(T) == sizeof(U), "sizes differ");
+    T t;
+    memcpy(&t, &u, sizeof(T));
+    return t;
+}
+
+inline uint mulhi(uint a, uint b) { return __umulhi(a, b); }
+
+template <typename T>
+inline T simd_shuffle(T v, ushort i) { return __shfl_sync(~0u, v, i); }
+template <typename T>
+inline T simd_shuffle_up(T v, ushort d) { return __shfl_up_sync(~0u, v, d); }
+template <typename T>
+inline T simd_shuffle_xor(T v, ushort m) { return __shfl_xor_sync(~0u, v, m); }
+
+inline uint simd_sum(uint v) { return __reduce_add_sync(~0u, v); }
+inline uint simd_min(uint v) { return __reduce_min_sync(~0u, v); }
+inline float simd_sum(float v) {
+    for (int m = 16; m; m /= 2) v += __shfl_xor_sync(~0u, v, m);
+    return v;
+}
+inline float simd_max(float v) {
+    for (int m = 16; m; m /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, m));
+    return v;
+}
+inline uint simd_prefix_inclusive_sum(uint v) {
+    for (int d = 1; d < 32; d *= 2) {
+        uint up = __shfl_up_sync(~0u, v, d);
+        v += (threadIdx.x & 31) >= d ? up : 0;
+    }
+    return v;
+}
+inline uint simd_prefix_exclusive_sum(uint v) {
+    return simd_prefix_inclusive_sum(v) - v;
+}
+"""
+    + _LOADS
+    + "FLASHHEAD_LOAD()\n"
+)
+
+# Threads of a group that handles a long row. Such a kernel reads its row again in every
+# pass rather than keep it in registers, of which so many threads have few (a loop that
+# is unrolled further than 4 would bring it there).
+LARGE_GROUP = 1024
+
+# One digit of a radix search: the bin in which a running count reaches a target.
+BINS = """
+constexpr constant int BINS = 2048;
+
+template <int THREADS>
+inline void clear_bins(threadgroup atomic_uint* bins, uint at) {
+    for (int bin = at; bin < BINS; bin += THREADS) {
+        atomic_store_explicit(&bins[bin], 0u, memory_order_relaxed);
+    }
+}
+
+// The first bin at which the sum of the bins so far reaches target, which is at
+// least 1. found becomes {bin, sum of the bins before it, whether it was reached};
+// if it is not, {last bin, 0, 0}. Every thread calls it, and it holds the barriers
+// between filling the bins and clearing them again. sums has a word per simdgroup.
+template <int THREADS>
+inline void find_bin(
+    threadgroup atomic_uint* bins, threadgroup uint* sums, threadgroup uint* found,
+    uint target, uint at, uint lane, uint group) {
+    constexpr int PER = BINS / THREADS;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint here = 0;
+    for (int i = 0; i < PER; i++) {
+        here += atomic_load_explicit(&bins[at * PER + i], memory_order_relaxed);
+    }
+    uint upto = simd_prefix_inclusive_sum(here);
+    if (lane == 31) {
+        sums[group] = upto;
+    }
+    if (at == 0) {
+        found[0] = BINS - 1;
+        found[1] = 0;
+        found[2] = 0;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint before = simd_sum(lane < group ? sums[lane] : 0u) + upto - here;
+    if (before < target && target - before <= here) {
+        int bin = at * PER;
+        for (; bin < BINS - 1; bin++) {
+            uint count = atomic_load_explicit(&bins[bin], memory_order_relaxed);
+            if (target - before <= count) {
+                break;
+            }
+            before += count;
+        }
+        found[0] = bin;
+        found[1] = before;
+        found[2] = 1;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+"""
+
+# From a candidate's index to its token.
+TOKEN = """
+template <bool MAPPED, int CLUSTER_SIZE, typename P, typename I>
+inline uint candidate_token(P probes, I token_ids, size_t first, uint candidate) {
+    if (!MAPPED) {
+        return candidate;
+    }
+    size_t cluster = probes[first + candidate / CLUSTER_SIZE];
+    return token_ids[cluster * CLUSTER_SIZE + candidate % CLUSTER_SIZE];
+}
+"""

@@ -1,0 +1,112 @@
+"""What the kernels should compute, in NumPy, float64 and Python integers.
+
+Written from the definitions, sharing nothing with the package.
+"""
+
+import mlx.core as mx
+import numpy as np
+
+
+def as_numpy(array: mx.array) -> np.ndarray:
+    """A float64 or integer copy, exact."""
+    if mx.issubdtype(array.dtype, mx.floating):
+        return np.array(array.astype(mx.float32)).astype(np.float64)
+    return np.array(array)
+
+
+def select(scores: np.ndarray, p: int) -> np.ndarray:
+    """Indices of the p largest of float ``scores [B, C]``, ascending; ties to the
+    lower index, NaN last."""
+    rows = []
+    for row in scores:
+        rank = sorted(
+            range(len(row)),
+            key=lambda i: (np.isnan(row[i]), 0 if np.isnan(row[i]) else -row[i], i),
+        )
+        rows.append(sorted(rank[:p]))
+    return np.array(rows)
+
+
+def unpack(words: np.ndarray, bits: int) -> np.ndarray:
+    """Integers of a little-endian bit stream, along the last axis."""
+    stream = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
+    stream = stream.reshape(*words.shape[:-1], -1, bits)
+    return (stream * (1 << np.arange(bits))).sum(-1)
+
+
+def rows(weight, scales, biases, group_size: int, bits: int):
+    """The rows ``[C, m, D]`` in float64, and bounds on their magnitude before
+    cancellation."""
+    if scales is None:
+        w = as_numpy(weight)
+        return w, np.abs(w)
+    q = unpack(np.array(weight), bits)
+    s = np.repeat(as_numpy(scales), group_size, -1)
+    b = np.repeat(as_numpy(biases), group_size, -1)
+    return q * s + b, q * np.abs(s) + np.abs(b)
+
+
+def logits(x, weight, scales, biases, probes, group_size, bits, n_rows):
+    """Logits ``[B, p * m]`` in float64, and a bound on the error of any float32
+    evaluation of them."""
+    w, size = rows(weight, scales, biases, group_size, bits)
+    m, D = w.shape[1:]
+    x, probes = as_numpy(x), np.array(probes)
+    exact = np.einsum("bd,bpmd->bpm", x, w[probes])
+    bound = np.einsum("bd,bpmd->bpm", np.abs(x), size[probes]) * (D + 8) * 2.0**-24
+    padding = probes[..., None] * m + np.arange(m) >= n_rows
+    exact[padding] = -np.inf
+    return exact.reshape(len(x), -1), bound.reshape(len(x), -1)
+
+
+def threefry(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
+    """Threefry 2x32, 20 rounds (Salmon et al., SC 2011)."""
+    mask = 0xFFFFFFFF
+    keys = (*key, key[0] ^ key[1] ^ 0x1BD11BDA)
+    a, b = (counter[0] + keys[0]) & mask, (counter[1] + keys[1]) & mask
+    for i in range(20):
+        r = (13, 15, 26, 6, 17, 29, 16, 24)[i % 8]
+        a = (a + b) & mask
+        b = ((b << r | b >> (32 - r)) & mask) ^ a
+        if i % 4 == 3:
+            n = i // 4 + 1
+            a = (a + keys[n % 3]) & mask
+            b = (b + keys[(n + 1) % 3] + n) & mask
+    return a, b
+
+
+def uniform(key, row: int, n_rows: int) -> float:
+    """The random number in [0, 1) that row draws with."""
+    words = []
+    for i in (2 * row, 2 * row + 1):
+        if i < n_rows:
+            words.append(threefry(key, (i, i + n_rows))[0])
+        else:
+            words.append(threefry(key, (i - n_rows, i))[1])
+    return (words[0] * 2**32 + words[1]) / 2**64
+
+
+def intervals(
+    row, temperature=1.0, top_p=1.0, min_p=0.0, top_k=0, tail=None
+) -> np.ndarray:
+    """Cumulative probabilities of the candidates of one row, the tail last: candidate
+    i is drawn for a number between entries i and i + 1."""
+    row = np.where(np.isnan(row), -np.inf, row)
+    top = row.max()
+    d = row - top if np.isfinite(top) else np.zeros_like(row)
+    kept = np.full(row.shape, True)
+    keep_tail = tail is not None and min_p == 0 and not 0 < top_k < len(row)
+    if min_p > 0:
+        kept &= d >= np.log(min_p) - 1e-9
+    if top_p < 1:
+        mass = np.exp(d)
+        total = mass.sum() + (np.exp(tail[1] - top) if tail is not None else 0)
+        above = np.array([mass[d > e].sum() for e in d])
+        kept &= above < top_p * total
+        keep_tail &= mass.sum() < top_p * total
+    if 0 < top_k < len(row):
+        kept &= d >= np.sort(d)[-top_k]
+    mass = np.where(kept, np.exp(d / temperature), 0)
+    last = np.exp(tail[0] - top / temperature) if keep_tail else 0
+    mass = np.append(mass, last)
+    return np.concatenate([[0], np.cumsum(mass / mass.sum())])

@@ -1,0 +1,222 @@
+"""The emulator catches what it is there to catch."""
+
+import importlib
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from metal import emulator
+
+from mlx_flashhead.kernels import backend
+
+pytestmark = pytest.mark.skipif(
+    emulator.find_compiler() is None, reason="neither clang++ nor ziglang is installed"
+)
+
+X = mx.arange(64, dtype=mx.float32)
+
+
+def launch(source, inputs=(X,), names=("x",), header="", size=64, threads=64):
+    kernel = backend.Kernel("trial", names, ["out"], source, header)
+    return emulator.launch(
+        kernel,
+        list(inputs),
+        template=[("T", mx.float32), ("N", 64)],
+        groups=(1, 1),
+        threads=threads,
+        outputs=[((size,), mx.float32)],
+    )[0]
+
+
+REVERSE = """
+    threadgroup float turned[N];
+    uint i = thread_position_in_threadgroup.x;
+    turned[N - 1 - i] = x[i];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    out[i] = turned[i];
+"""
+
+
+def test_a_right_kernel_runs():
+    assert mx.array_equal(launch(REVERSE), X[::-1])
+
+
+def test_simd_functions():
+    got = launch("""
+        uint i = thread_position_in_threadgroup.x;
+        uint lane = thread_index_in_simdgroup;
+        float a = simd_sum(x[i]);
+        float b = simd_prefix_exclusive_sum(x[i]);
+        float c = simd_shuffle_xor(x[i], ushort(5));
+        float d = simd_max(x[i]) - simd_min(x[i]);
+        out[i] = a + 1000 * b + c / 64 + d / 4096;
+    """)
+    x = np.arange(64.0).reshape(2, 32)
+    want = (
+        x.sum(-1, keepdims=True)
+        + 1000 * (np.cumsum(x, -1) - x)
+        + x[:, np.arange(32) ^ 5] / 64
+        + 31 / 4096
+    )
+    np.testing.assert_allclose(np.array(got), want.reshape(-1), rtol=1e-6)
+
+
+def test_small_and_scalar_inputs_are_constant():
+    got = launch(
+        "out[thread_position_in_grid.x] = x[thread_position_in_grid.x] * a[1] + b"
+        " + x_shape[0];",
+        [X, mx.array([2.0, 3.0]), mx.array(5.0)],
+        ["x", "a", "b"],
+    )
+    assert mx.array_equal(got, X * 3 + 69)
+
+
+WRONG = {
+    "a missing barrier": (
+        REVERSE.replace("threadgroup_barrier(mem_flags::mem_threadgroup);", ""),
+        "data race|before it is written",
+    ),
+    "a barrier for the wrong memory": (
+        REVERSE.replace("mem_flags::mem_threadgroup", "mem_flags::mem_device"),
+        "data race",
+    ),
+    "a read out of range": (
+        "uint i = thread_position_in_grid.x; out[i] = x[i + 1];",
+        "out of range|heap-buffer-overflow",
+    ),
+    "a read before the buffer": (
+        "uint i = thread_position_in_grid.x; out[i] = x[int(i) - 1];",
+        "out of range|heap-buffer-overflow",
+    ),
+    "a write out of range": (
+        "uint i = thread_position_in_grid.x; out[2 * i] = x[i];",
+        "out of range|heap-buffer-overflow",
+    ),
+    "threadgroup memory out of range": (
+        REVERSE.replace("turned[N - 1 - i] = x", "turned[N - i] = x"),
+        "out of range|heap-buffer-overflow|index 64",
+    ),
+    "a threadgroup pointer passed for a thread pointer": (
+        "threadgroup float turned[N]; turned[0] = 1; fill(turned); out[0] = x[0];",
+        "no matching function|address space",
+    ),
+    "a device pointer without device": (
+        "const float* p = x; out[thread_position_in_grid.x] = p[0];",
+        "cannot initialize",
+    ),
+    "a constant input taken for a device one": (
+        "const device float* p = a; out[thread_position_in_grid.x] = p[0];",
+        "cannot initialize",
+    ),
+    "a divergent simd function": (
+        "uint i = thread_position_in_grid.x; float v = 0;"
+        "if (i % 2) {\n v = simd_sum(x[i]);\n } out[i] = v;",
+        "divergent",
+    ),
+    "simd functions on both sides of a branch": (
+        "uint i = thread_position_in_grid.x; float v;"
+        "if (i % 2) {\n v = simd_sum(x[i]);\n } else {\n v = simd_sum(-x[i]);\n }"
+        "out[i] = v;",
+        "divergent",
+    ),
+    "a divergent barrier": (
+        "uint i = thread_position_in_grid.x;"
+        "if (i < 32) threadgroup_barrier(mem_flags::mem_threadgroup); out[i] = x[i];",
+        "divergent",
+    ),
+    "two threads writing one output": (
+        "out[thread_position_in_grid.x / 2] = x[0];",
+        "data race",
+    ),
+    "an output that is not written": (
+        "uint i = thread_position_in_grid.x; if (i) out[i] = x[i];",
+        "never written",
+    ),
+    "threadgroup memory read before it is written": (
+        "threadgroup float t[N]; out[thread_position_in_grid.x] = t[3];",
+        "before it is written",
+    ),
+    "a Metal keyword used as a name": (
+        "uint thread = thread_position_in_grid.x; out[thread] = x[thread];",
+        "error",
+    ),
+    "C++17 where Metal has C++14": (
+        "if constexpr (N > 3 && sizeof(T)) { auto [a, b] = two(); } out[0] = x[0];",
+        "error",
+    ),
+    "an undefined shift": (
+        "uint i = thread_position_in_grid.x; out[i] = float(1u << (i + 1));",
+        "shift exponent",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_kernel_is_caught(what):
+    source, message = WRONG[what]
+    if "shift" in what and "undefined" not in emulator.find_compiler().sanitizers:
+        pytest.skip("this compiler has no undefined-behaviour sanitizer")
+    header = "inline void fill(thread float* p) { p[0] = 1; }\n"
+    inputs, names = [X], ["x"]
+    if "constant" in what:
+        inputs, names = [X, X[:2]], ["x", "a"]
+    with pytest.raises(emulator.MetalError, match=message):
+        launch(source, inputs, names, header)
+
+
+# Barriers that could go would be found out here, too.
+@pytest.mark.parametrize("kernel", ["select_probes", "greedy", "sample"])
+def test_every_barrier_of_the_kernels_matters(kernel, monkeypatch):
+    module = importlib.import_module(f"mlx_flashhead.kernels.{kernel}")
+    run = {
+        "select_probes": lambda: module._check(70, mx.float32),
+        "greedy": lambda: module._check(mx.float32, True, True),
+        "sample": lambda: module._check(70, mx.float32, (True, True, True), 8),
+    }[kernel]
+    monkeypatch.setattr(backend, "kind", lambda: "metal")
+    monkeypatch.setattr(backend.Kernel, "__call__", emulator.launch)
+    barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+    right = module._kernel
+    whole = right.header + "//split\n" + right.source
+    pieces = whole.split(barrier)
+    assert len(pieces) > 1
+    for i in range(1, len(pieces)):
+        text = (
+            barrier.join(pieces[:i]) + barrier.join(["", *pieces[i:]])[len(barrier) :]
+        )
+        header, source = text.split("//split\n")
+        wrong = backend.Kernel(right.name, right.inputs, right.outputs, source, header)
+        monkeypatch.setattr(module, "_kernel", wrong)
+        with pytest.raises(emulator.MetalError, match="data race|before it is written"):
+            run()
+
+
+def test_a_kernel_that_does_not_compile_gives_way_to_plain_mlx(monkeypatch):
+    """As on a device: one warning, then plain MLX, and the state for the doctor."""
+    module = importlib.import_module("mlx_flashhead.kernels.greedy")
+    broken = backend.Kernel(
+        "greedy", module._kernel.inputs, ["tokens"], "this is not Metal;"
+    )
+    monkeypatch.setattr(module, "_kernel", broken)
+    monkeypatch.setattr(backend, "kind", lambda: "metal")
+    monkeypatch.setattr(backend, "states", {})
+    monkeypatch.setattr(backend.Kernel, "__call__", emulator.launch)
+    values = mx.array([[1.0, 3.0, 2.0]])
+    with pytest.warns(RuntimeWarning, match="plain MLX replaces the kernel greedy"):
+        assert module.greedy(values).tolist() == [1]
+    assert module.greedy(values).tolist() == [1]
+    assert "error" in backend.states["greedy(float32)"]
+
+
+def test_a_kernel_that_differs_gives_way_to_plain_mlx(monkeypatch):
+    module = importlib.import_module("mlx_flashhead.kernels.greedy")
+    source = module._kernel.source.replace("tokens[row] = ", "tokens[row] = 1 + ")
+    wrong = backend.Kernel(
+        "greedy", module._kernel.inputs, ["tokens"], source, module._kernel.header
+    )
+    monkeypatch.setattr(module, "_kernel", wrong)
+    monkeypatch.setattr(backend, "kind", lambda: "metal")
+    monkeypatch.setattr(backend, "states", {})
+    monkeypatch.setattr(backend.Kernel, "__call__", emulator.launch)
+    with pytest.warns(RuntimeWarning, match="differs from the plain reference"):
+        assert module.greedy(mx.array([[1.0, 3.0, 2.0]])).tolist() == [1]
