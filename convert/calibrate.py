@@ -50,27 +50,30 @@ def read_documents(path: str | Path | None) -> list[str]:
         CalibrationError: The file is missing, not UTF-8, or too short.
     """
     path = DEFAULT_TEXT if path is None else Path(path)
+
+    def unusable(reason: str) -> CalibrationError:
+        return CalibrationError(f"--calibration-data {path}: {reason}")
+
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise CalibrationError(
-            f"--calibration-data {path}: {e.strerror or 'not a UTF-8 text file'}"
-            if isinstance(e, OSError)
-            else f"--calibration-data {path}: not a UTF-8 text file"
-        ) from None
+    except UnicodeDecodeError:
+        raise unusable("not a UTF-8 text file") from None
+    except OSError as e:
+        raise unusable(e.strerror or "cannot be read") from None
     if path.suffix == ".jsonl":
+        # Not splitlines(), which also splits at separators inside a string.
+        lines = [line for line in text.split("\n") if line.strip()]
         try:
-            documents = [json.loads(line)["text"] for line in text.splitlines() if line]
+            documents = [json.loads(line)["text"] for line in lines]
         except (ValueError, KeyError, TypeError):
-            raise CalibrationError(
-                f'--calibration-data {path}: each line must be JSON with a "text" field'
-            ) from None
+            documents = [None]
+        if not all(isinstance(d, str) for d in documents):
+            raise unusable('each line must be JSON with a "text" field')
     else:
         documents = _join_paragraphs(text.split("\n\n"))
     if len(documents) < HOLD_OUT or sum(map(len, documents)) < 5000:
-        raise CalibrationError(
-            f"--calibration-data {path}: too short; give at least 5,000 characters "
-            f"in {HOLD_OUT} paragraphs"
+        raise unusable(
+            f"too short; give at least 5,000 characters in {HOLD_OUT} paragraphs"
         )
     return documents
 

@@ -9,8 +9,9 @@ import click
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
 from mlx_flashhead.blas import hint
+from mlx_flashhead.cli import one_line_errors
 
-from .pipeline import GROUP_SIZES, HEAD_BITS, convert, report_json
+from .pipeline import GROUP_SIZES, HEAD_BITS, Q_MODES, convert, report_json
 from .recipes import RECIPES
 
 _bits = click.Choice([str(b) for b in HEAD_BITS])
@@ -31,7 +32,7 @@ def _int(ctx, param, value):
 @click.option(
     "--q-mode",
     default="affine",
-    type=click.Choice(["affine", "mxfp4", "nvfp4", "mxfp8"]),
+    type=click.Choice(Q_MODES),
     help="The quantization mode.",
 )
 @click.option(
@@ -79,9 +80,6 @@ def main(as_json: bool, **options) -> None:
         click.echo(message, err=True)
     # Leave through the front door, which takes the unfinished folder along.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
+    with one_line_errors():
         report = convert(**options)
-    except (ValueError, OSError, RuntimeError, MemoryError) as e:
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise click.ClickException(reason) from e
     click.echo(report_json(report) if as_json else str(report))

@@ -126,9 +126,6 @@ def _statistics(head, clustering, weight, states, bias, progress):
     and mean of (log mean exp(logit) - score)."""
     c, m = clustering.token_ids.shape
     centroids = np.array(head.centroids.dequantize(mx.float32))
-    mean_bias = None
-    if bias is not None:
-        mean_bias = np.array(head.bias.astype(mx.float32).mean(-1))
     spread, excess = np.empty(c, np.float32), np.empty(c, np.float32)
     step_size = max(1, BLOCK // (len(states) * m))
     right = np.ascontiguousarray(states.T)
@@ -143,7 +140,8 @@ def _statistics(head, clustering, weight, states, bias, progress):
             score = matmul(centroids[s], right)
             if bias is not None:
                 logits += bias[ids][..., None]
-                score += mean_bias[s][:, None]
+                rows = np.where(real, bias[ids], 0).sum(-1) / real.sum(-1)
+                score += rows[:, None]
             logits -= score[:, None]
             best = np.max(logits, axis=1, where=real[..., None], initial=-np.inf)
             spread[s] = best.mean(-1) + best.std(-1)

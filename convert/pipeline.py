@@ -15,21 +15,23 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm import utils
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
 from mlx_flashhead import files
 from mlx_flashhead.attach import find_head, get_module, head_table
 from mlx_flashhead.fidelity import measure, n_blocks
-from mlx_flashhead.head import FlashHead
+from mlx_flashhead.head import FlashHead, default_n_probes
 from mlx_flashhead.table import Table
 
 from . import calibrate, cluster, pack
 from .progress import Progress, bars, silent
 from .recipes import RECIPES, Recipe, always_tokens, default_group_size
 from .source import Source, open_gguf, open_hf
-from .staging import check_space, staged
+from .staging import check_space, staged, writing
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
+Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
 
 class ConvertError(ValueError):
@@ -147,7 +149,19 @@ def convert(
     start = time.perf_counter()
     if (hf_path is None) == (gguf_path is None):
         raise ConvertError("give either --hf-path or --gguf-path")
-    _check_options(head_bits, centroid_bits, group_size, cluster_size, recipe)
+    for flag, value, allowed in (
+        ("--head-bits", head_bits, HEAD_BITS),
+        ("--centroid-bits", centroid_bits, HEAD_BITS),
+        ("--group-size", group_size, GROUP_SIZES),
+        ("--recipe", recipe, tuple(RECIPES)),
+        ("--dtype", dtype, MODEL_CONVERSION_DTYPES),
+        ("--q-mode", q_mode, Q_MODES),
+    ):
+        if value is not None and value not in allowed:
+            choices = ", ".join(map(str, allowed))
+            raise ConvertError(f"{flag} {value} is not one of {choices}")
+    if not 2 <= cluster_size <= 128:
+        raise ConvertError(f"--cluster-size must be from 2 to 128, not {cluster_size}")
     documents = calibrate.read_documents(calibration_data)
     progress = bars if verbose else silent
     target = Path(mlx_path)
@@ -163,7 +177,7 @@ def convert(
         path = find_head(model)
         module = get_module(model, path)
         table = head_table(module)
-        bits, group_size = _head_format(table, head_bits, group_size)
+        bits, group_size = _head_format(table, head_bits, centroid_bits, group_size)
         check_space(result, _estimated_bytes(model, table))
 
         states = _states(source, tokenizer, path, documents, progress)
@@ -200,7 +214,7 @@ def convert(
             "kl": float(fidelity.kl(head.tail_offset).mean()),
             "held_out_tokens": len(states.held_out),
         }
-        with progress("Writing", 2) as step:
+        with progress("Writing", 2) as step, writing(target):
             files.save_head(result, head)
             step()
             config[files.CONFIG_KEY] = {
@@ -251,9 +265,14 @@ def build_head(
             factor = cluster.metric_factor(states.second_moment())
         directions = cluster.directions(weight, factor)
         step()
+    n_clusters = -(-len(weight) // cluster_size)
+    if n_probes is None:
+        n_probes = default_n_probes(n_clusters)
+    elif not 1 <= n_probes <= n_clusters:
+        raise ConvertError(f"--n-probes must be from 1 to {n_clusters}, not {n_probes}")
     always = None
     if recipe.always:
-        always = always_tokens(len(weight), cluster_size, stop_tokens)
+        always = always_tokens(len(weight), cluster_size, n_probes, stop_tokens)
     clustering = cluster.cluster(
         directions,
         cluster_size,
@@ -263,9 +282,6 @@ def build_head(
     )
     del directions
     make = pack.mean_centroids if recipe.mean_centroids else pack.unit_centroids
-    n_clusters = len(clustering.token_ids)
-    if n_probes is not None and not 1 <= n_probes <= n_clusters:
-        raise ConvertError(f"--n-probes must be from 1 to {n_clusters}, not {n_probes}")
     with progress("Packing", 1) as step:
         head = pack.pack(
             clustering,
@@ -291,41 +307,30 @@ def build_head(
     )
 
 
-def _check_options(head_bits, centroid_bits, group_size, cluster_size, recipe) -> None:
-    for flag, value, allowed in (
-        ("--head-bits", head_bits, HEAD_BITS),
-        ("--centroid-bits", centroid_bits, HEAD_BITS),
-        ("--group-size", group_size, GROUP_SIZES),
-        ("--recipe", recipe, tuple(RECIPES)),
-    ):
-        if value is not None and value not in allowed:
-            choices = ", ".join(map(str, allowed))
-            raise ConvertError(f"{flag} {value} is not one of {choices}")
-    if not 2 <= cluster_size <= 128:
-        raise ConvertError(f"--cluster-size must be from 2 to 128, not {cluster_size}")
-
-
 def _head_format(
-    table: Table, head_bits: int | None, group_size: int | None
+    table: Table, head_bits: int | None, centroid_bits: int, group_size: int | None
 ) -> tuple[int, int]:
     """Bits and group size of the rows; the source's where nothing else is asked."""
-    keep = table.quantized and head_bits in (None, table.bits)
     if table.quantized and table.mode != "affine":
         raise ConvertError(
             f"the head is quantized with mode {table.mode!r}; dequantize the model "
             "first (mlx_lm.convert -d)"
         )
+    keep = table.quantized and head_bits in (None, table.bits)
+    bits = head_bits or (table.bits if table.quantized else 8)
+    d = table.hidden_size
     if group_size is None:
-        keeps = keep and table.group_size
-        group_size = keeps or default_group_size(table.hidden_size)
-    if table.hidden_size % group_size:
-        fits = [g for g in GROUP_SIZES if table.hidden_size % g == 0]
-        hint = f"use {' or '.join(map(str, fits))}" if fits else "use --head-bits 16"
+        group_size = table.group_size if keep else default_group_size(d)
+    if d % group_size and min(bits, centroid_bits) < 16:
+        fits = [g for g in GROUP_SIZES if d % g == 0]
+        hint = f"use {' or '.join(map(str, fits))}"
+        if not fits:
+            hint = "use --head-bits 16 --centroid-bits 16"
         raise ConvertError(
-            f"the hidden size {table.hidden_size} is not a multiple of "
-            f"--group-size {group_size}; {hint}"
+            f"the hidden size {d} is not a multiple of --group-size {group_size}; "
+            f"{hint}"
         )
-    return head_bits or (table.bits if table.quantized else 8), group_size
+    return bits, group_size
 
 
 def _states(source: Source, tokenizer, path: str, documents, progress):

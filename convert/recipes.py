@@ -38,13 +38,13 @@ RECIPES = {
 
 
 def always_tokens(
-    vocab_size: int, cluster_size: int, stop_tokens: list[int]
+    vocab_size: int, cluster_size: int, n_probes: int, stop_tokens: list[int]
 ) -> np.ndarray:
     """Tokens in the clusters that are probed at every step: those that end a text,
     so that no answer runs on for want of them, and in small vocabularies the most
-    frequent. At least one cluster full, at most half the vocabulary."""
+    frequent. They take at most half of the probes."""
     n = N_FREQUENT if vocab_size <= SMALL_VOCABULARY else cluster_size
-    n = min(max(n, cluster_size), vocab_size // 2)
+    n = min(max(n, cluster_size), n_probes // 2 * cluster_size)
     stops = [t for t in stop_tokens if 0 <= t < vocab_size]
     return np.array(list(dict.fromkeys([*sorted(stops), *range(vocab_size)]))[:n])
 

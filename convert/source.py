@@ -13,7 +13,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
-from mlx_flashhead.files import CONFIG_KEY
+from mlx_flashhead.files import FormatError, head_config
 
 from .gguf import read_gguf
 
@@ -52,7 +52,8 @@ class Source:
                 tokenizer_config={"trust_remote_code": self.trust_remote_code},
                 trust_remote_code=self.trust_remote_code,
             )
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as e:
+        # Whatever mlx-lm, transformers or the model's own code say of bad files.
+        except Exception as e:
             reason = " ".join(str(e).split()) or type(e).__name__
             raise SourceError(
                 f"{self.name}: mlx-lm cannot load this model: {reason[:400]}"
@@ -104,18 +105,16 @@ def open_hf(name: str, revision: str | None, trust_remote_code: bool) -> Source:
             f"--hf-path {name}: no such folder, and the Hugging Face hub does not "
             f"give it ({reason[:200]})"
         ) from e
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / "config.json").is_file():
         raise SourceError(f"{name} has no config.json; give a model's folder")
     try:
-        if CONFIG_KEY in utils.load_config(folder):
-            raise SourceError(
-                f"{name} has a FlashHead already; convert the model it was made from"
-            )
-    except (ValueError, TypeError) as e:
-        if isinstance(e, SourceError):
-            raise
-        raise SourceError(f"{config} is not valid JSON: {e}") from e
+        section = head_config(folder)
+    except FormatError as e:
+        raise SourceError(str(e)) from e
+    if section is not None:
+        raise SourceError(
+            f"{name} has a FlashHead already; convert the model it was made from"
+        )
     hub_id = name if not path.exists() and revision is None else None
     return Source(folder, name, hub_id, trust_remote_code)
 

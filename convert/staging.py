@@ -27,6 +27,7 @@ def staged(target: Path) -> Iterator[tuple[Path, Path]]:
         raise StagingError(
             f"{target} already exists; delete it or choose another --mlx-path"
         )
+    new_parents = [p for p in target.parents if not p.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         hidden = tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
@@ -43,6 +44,23 @@ def staged(target: Path) -> Iterator[tuple[Path, Path]]:
             raise StagingError(f"cannot create {target}: {e.strerror}") from e
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+        if not target.exists():
+            with contextlib.suppress(OSError):
+                for parent in new_parents:
+                    parent.rmdir()
+
+
+@contextlib.contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Say of an error in writing where it was and what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        reason = getattr(e, "strerror", None) or " ".join(str(e).split())
+        raise StagingError(
+            f"cannot write {target}: {reason}; if the disk is full, free some space "
+            "or choose another --mlx-path"
+        ) from e
 
 
 def check_space(folder: Path, n_bytes: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
@@ -9,6 +11,7 @@ from mlx_lm.sample_utils import make_sampler
 from . import demo_model
 from .attach import flash_heads
 from .blas import hint
+from .cli import one_line_errors
 from .files import head_config
 from .load import load
 
@@ -23,10 +26,14 @@ def main(model: str | None, prompt: str, max_tokens: int) -> None:
     """Continue a prompt with the dense head and with FlashHead."""
     if message := hint():
         click.echo(message, err=True)
-    folder = model or demo_model.demo()
+    with one_line_errors():
+        compare(model or demo_model.demo(), prompt, max_tokens)
+
+
+def compare(folder: str | Path, prompt: str, max_tokens: int) -> None:
     section = head_config(folder)
     if section is None:
-        raise click.ClickException(
+        raise ValueError(
             f"{folder} has no FlashHead; make one with mlx_flashhead.convert"
         )
     speeds = {}

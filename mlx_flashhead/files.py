@@ -20,10 +20,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from .head import FlashHead
@@ -42,16 +44,21 @@ def head_config(folder: str | Path) -> dict[str, Any] | None:
     """The ``flashhead`` section of a folder's config; ``None`` where it has none.
 
     Raises:
-        FormatError: ``config.json`` cannot be read.
+        FormatError: ``config.json`` cannot be read, or its section is no object.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         return None
     try:
-        config = json.loads(path.read_text())
-        return config.get(CONFIG_KEY)
-    except (ValueError, AttributeError, OSError) as e:
-        raise FormatError(f"{path} is not a readable JSON object: {e}") from None
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as e:
+        raise FormatError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} is not a JSON object")
+    section = config.get(CONFIG_KEY)
+    if section is not None and not isinstance(section, dict):
+        raise FormatError(f"{path}: {CONFIG_KEY!r} is not an object; convert again")
+    return section
 
 
 def describe(head: FlashHead, path: str, dense_sha256: str) -> dict[str, Any]:
@@ -85,14 +92,14 @@ def save_head(folder: str | Path, head: FlashHead) -> None:
     )
 
 
-def load_head(folder: str | Path, config: dict[str, Any]) -> FlashHead:
-    """Read the head that a folder's ``flashhead`` section describes, lazily.
+def load_head(folder: str | Path, section: dict[str, Any]) -> FlashHead:
+    """Read a folder's FlashHead, lazily, as its config section describes it.
 
     Raises:
-        FormatError: The file is missing or does not fit its description.
+        FormatError: It is missing or does not fit its description.
     """
     file = Path(folder) / HEAD_FILE
-    version = config.get("format_version")
+    version = section.get("format_version")
     if version != FORMAT_VERSION:
         raise FormatError(
             f"{folder}: FlashHead format version {version!r} is not known here; "
@@ -103,26 +110,93 @@ def load_head(folder: str | Path, config: dict[str, Any]) -> FlashHead:
             f"{file} is missing; convert the model again, or run it with --dense"
         )
     try:
+        _check_section(section)
         tensors = mx.load(str(file))
-        _check_shapes(tensors, config)
+        _check_tensors(tensors, section)
         return FlashHead(
-            _read_table(tensors, "rows", config["rows"]),
-            _read_table(tensors, "centroids", config["centroids"]),
+            _read_table(tensors, "rows", section["rows"]),
+            _read_table(tensors, "centroids", section["centroids"]),
             tensors["token_ids"],
-            config["vocab_size"],
+            section["vocab_size"],
             spread=tensors["spread"],
             excess=tensors["excess"],
             bias=tensors.get("bias"),
-            tail_offset=float(config["tail_offset"]),
-            n_probes=config["n_probes"],
+            tail_offset=float(section["tail_offset"]),
+            n_probes=section["n_probes"],
         )
-    except FormatError as e:
-        raise FormatError(f"{file}: {e}; convert the model again") from None
-    except (KeyError, TypeError, ValueError, RuntimeError) as e:
-        raise FormatError(
-            f"{file} does not fit its config.json ({type(e).__name__}: {e}); "
-            "convert the model again"
-        ) from None
+    except (FormatError, RuntimeError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise FormatError(f"{file}: {reason}; convert the model again") from None
+
+
+def _check_section(section: dict[str, Any]) -> None:
+    for key in ("vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes"):
+        _require(_is_size(section.get(key)), f"{key} is {section.get(key)!r}")
+    c, m, v = (section[k] for k in ("n_clusters", "cluster_size", "vocab_size"))
+    _require(0 <= c * m - v < m, f"{c} clusters of {m} do not hold {v} tokens")
+    _require(section["n_probes"] <= c, f"n_probes is {section['n_probes']}")
+    _require(isinstance(section.get("head_path"), str), "head_path is no name")
+    offset = section.get("tail_offset")
+    real = isinstance(offset, (int, float)) and math.isfinite(offset)
+    _require(real, f"tail_offset is {offset!r}")
+    for name in ("rows", "centroids"):
+        spec = section.get(name)
+        _require(isinstance(spec, dict), f"{name} has no description")
+        bits, group_size = spec.get("bits"), spec.get("group_size")
+        dense = bits in (16, 32) and group_size == 0
+        packed = bits in (2, 3, 4, 5, 6, 8) and group_size in (32, 64, 128)
+        known = (dense or packed) and spec.get("mode") == "affine"
+        _require(known, f"{name} has an unknown form {spec}")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise FormatError(otherwise)
+
+
+def _check_tensors(tensors: dict[str, mx.array], section: dict[str, Any]) -> None:
+    """Names, shapes and dtypes, and that the token ids are a permutation."""
+    c, m, v = (section[k] for k in ("n_clusters", "cluster_size", "vocab_size"))
+    expected: dict[str, tuple[tuple[int, ...], Any]] = {
+        "token_ids": ((c, m), mx.uint32),
+        "spread": ((c,), mx.floating),
+        "excess": ((c,), mx.floating),
+    }
+    if "bias" in tensors:
+        expected["bias"] = ((c, m), mx.floating)
+    for name, shape in (("rows", (c, m)), ("centroids", (c,))):
+        bits, group_size = section[name]["bits"], section[name]["group_size"]
+        d = section["hidden_size"]
+        if not group_size:
+            expected[f"{name}.weight"] = ((*shape, d), mx.floating)
+            continue
+        _require(d % group_size == 0, f"{name}: groups do not fit {d}")
+        expected[f"{name}.weight"] = ((*shape, d * bits // 32), mx.uint32)
+        for part in ("scales", "biases"):
+            expected[f"{name}.{part}"] = ((*shape, d // group_size), mx.floating)
+    unknown = sorted(tensors.keys() - expected.keys())
+    _require(not unknown, f"unknown tensor {unknown[:1]}")
+    for name, (shape, kind) in expected.items():
+        _require(name in tensors, f"{name} is missing")
+        found = tensors[name]
+        fits = found.shape == shape and mx.issubdtype(found.dtype, kind)
+        wanted = str(kind).split(".")[-1]
+        _require(
+            fits,
+            f"{name} should be {wanted} {list(shape)}, "
+            f"found {found.dtype} {list(found.shape)}",
+        )
+    ids = np.array(tensors["token_ids"]).reshape(-1)
+    tokens, padding = ids[:v], ids[v:]
+    whole = tokens.max() < v and np.bincount(tokens, minlength=v).max() == 1
+    _require(
+        bool(whole) and bool((padding == v).all()),
+        "token_ids are no permutation of the vocabulary",
+    )
 
 
 def _read_table(tensors: dict[str, mx.array], name: str, spec: dict) -> Table:
@@ -134,27 +208,6 @@ def _read_table(tensors: dict[str, mx.array], name: str, spec: dict) -> Table:
         group_size=spec["group_size"],
         mode=spec["mode"],
     )
-
-
-def _check_shapes(tensors: dict[str, mx.array], config: dict[str, Any]) -> None:
-    c, m, d = (config[k] for k in ("n_clusters", "cluster_size", "hidden_size"))
-    vocab_size = config["vocab_size"]
-    if not 0 <= c * m - vocab_size < m:
-        raise FormatError(f"{c} clusters of {m} do not hold {vocab_size} tokens")
-    expected = {"token_ids": (c, m), "spread": (c,), "excess": (c,)}
-    for name, shape in (("rows", (c, m)), ("centroids", (c,))):
-        bits, group_size = config[name]["bits"], config[name]["group_size"]
-        if f"{name}.scales" in tensors:
-            expected[f"{name}.weight"] = (*shape, d * bits // 32)
-            expected[f"{name}.scales"] = (*shape, d // group_size)
-        else:
-            expected[f"{name}.weight"] = (*shape, d)
-    if "bias" in tensors:
-        expected["bias"] = (c, m)
-    for name, shape in expected.items():
-        found = tensors[name].shape if name in tensors else "nothing"
-        if found != shape:
-            raise FormatError(f"{name} should be {list(shape)}, found {found}")
 
 
 def table_sha256(table: Table) -> str:

@@ -7,10 +7,9 @@ command does the work; what is added here is the FlashHead.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import click
 from click.core import ParameterSource
@@ -19,6 +18,7 @@ from mlx_lm.generate import setup_arg_parser
 
 from . import demo_model
 from .blas import hint
+from .cli import one_line_errors
 from .patch import patched
 
 
@@ -57,16 +57,6 @@ def given(ctx: click.Context, params: list[click.Option]) -> list[str]:
             # One word, so that a value may start with a dash.
             words.append(f"{flag}={value}")
     return words
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Turn what a user can cause into a one-line error."""
-    try:
-        yield
-    except (ValueError, OSError, KeyError, RuntimeError) as e:
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise click.ClickException(reason[:500]) from e
 
 
 _theirs = options_of(setup_arg_parser())

@@ -82,11 +82,17 @@ class FlashHead(nn.Module):
         self.tail_offset = tail_offset
         self.vocab_size = vocab_size
         self.n_clusters, self.cluster_size = token_ids.shape
-        self.n_probes = n_probes or default_n_probes(self.n_clusters)
+        if n_probes is None:
+            n_probes = default_n_probes(self.n_clusters)
+        self.n_probes = n_probes
         # Derived, so not a parameter: where each token's row stands.
         flat = token_ids.reshape(-1)[:vocab_size]
         self._position = mx.zeros(vocab_size, mx.uint32)
         self._position[flat] = mx.arange(vocab_size, dtype=mx.uint32)
+        if bias is not None:
+            real = token_ids < vocab_size
+            total = mx.where(real, bias.astype(mx.float32), 0).sum(-1)
+            self._mean_bias = total / real.sum(-1)
         self.freeze()
 
     @property
@@ -122,7 +128,7 @@ class FlashHead(nn.Module):
         rows_in = math.prod(x.shape[:-1])
         one_each = x.ndim < 3 or x.shape[-2] == 1
         if not one_each or self.rows_read(rows_in) >= self.vocab_size:
-            return self.dense(x)
+            return self.dense(x).astype(x.dtype)
         logits = self._retrieve(x.reshape(-1, x.shape[-1]))
         return logits.astype(x.dtype).reshape(*x.shape[:-1], self.vocab_size)
 
@@ -146,7 +152,7 @@ class FlashHead(nn.Module):
         """Mean logit of each cluster, float32 ``[B, C]``, for ``x [B, D]``."""
         means = self.centroids.matmul(x).astype(mx.float32)
         if "bias" in self:
-            means = means + self.bias.astype(mx.float32).mean(-1)
+            means = means + self._mean_bias
         return means
 
     def estimate(self, means: mx.array) -> mx.array:

@@ -17,8 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils
 
-from .attach import attach
-from .files import CONFIG_KEY, HEAD_FILE, load_head
+from .attach import HeadNotFound, attach
+from .files import CONFIG_KEY, HEAD_FILE, FormatError, head_config, load_head
 
 _stock_load_model = None
 
@@ -32,15 +32,16 @@ def switched_off() -> bool:
     return os.environ.get("MLX_FLASHHEAD", "1").lower() in ("0", "false", "off")
 
 
-def install(
-    model: nn.Module, folder: str | Path, config: dict[str, Any], n_probes: int | None
-) -> nn.Module:
+def install(model: nn.Module, folder: str | Path, n_probes: int | None) -> nn.Module:
     """Put the FlashHead of a folder into its freshly loaded, lazy model."""
-    section = config[CONFIG_KEY]
+    section = head_config(folder) or {}
     head = load_head(folder, section)
     if n_probes is not None:
         head.n_probes = n_probes
-    return attach(model, section["head_path"], head)
+    try:
+        return attach(model, section["head_path"], head)
+    except HeadNotFound as e:
+        raise FormatError(f"{folder}: {e}; convert the model again") from None
 
 
 def for_device(model: nn.Module) -> nn.Module:
@@ -79,7 +80,7 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
         model, config = stock(model_path, True, *args, **kwargs)
         if CONFIG_KEY in config:
             if not (dense or switched_off()):
-                install(model, model_path, config, n_probes)
+                install(model, model_path, n_probes)
             for_device(model)
         if not lazy:
             mx.eval(model.parameters())

@@ -1,0 +1,61 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports the hub's client: no test asks the network for a model.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A session's own switch must not change what is tested.
+os.environ.pop("MLX_FLASHHEAD", None)
+
+import pytest
+import small_models
+from hypothesis import HealthCheck, settings
+
+from mlx_flashhead import unpatch
+from mlx_flashhead.convert import convert
+
+settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def stock_mlx_lm():
+    """Whatever a test patches is undone after it."""
+    yield
+    unpatch()
+
+
+@pytest.fixture(scope="session")
+def tied_source(tmp_path_factory):
+    """A tied 16-bit llama with a vocabulary that does not fill its clusters."""
+    folder = tmp_path_factory.mktemp("tied") / "source"
+    return small_models.write("llama-tied", folder, 1003, dtype="bfloat16")
+
+
+@pytest.fixture(scope="session")
+def untied_source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untied") / "source"
+    return small_models.write("llama", folder, 1003)
+
+
+@pytest.fixture(scope="session")
+def tied_folder(tied_source):
+    folder = tied_source.parent / "converted"
+    convert(str(tied_source), folder, cluster_size=8, n_probes=90, verbose=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untied_folder(untied_source):
+    folder = untied_source.parent / "converted"
+    convert(str(untied_source), folder, cluster_size=8, n_probes=90, verbose=False)
+    return folder

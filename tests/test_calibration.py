@@ -1,0 +1,326 @@
+"""Centroids, calibrated bonuses, the tail and fidelity against naive float64."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from small_heads import unpack
+
+from mlx_flashhead import FlashHead
+from mlx_flashhead.convert import calibrate, pack
+from mlx_flashhead.convert.calibrate import CalibrationError, States, read_documents
+from mlx_flashhead.convert.cluster import cluster, directions
+from mlx_flashhead.convert.pipeline import build_head
+from mlx_flashhead.convert.recipes import RECIPES
+from mlx_flashhead.fidelity import measure, n_blocks
+from mlx_flashhead.head import ALWAYS
+from mlx_flashhead.table import Table
+
+V, D, M = 299, 32, 8
+
+
+class Case:
+    """A head over weights that are known, and states that it is calibrated on."""
+
+    def __init__(self, bias: bool = False, head_bits: int = 8, **options):
+        rng = np.random.default_rng(1)
+        self.weight = rng.standard_normal((V, D)).astype(np.float32)
+        self.weight *= np.exp(0.5 * rng.standard_normal((V, 1))).astype(np.float32)
+        self.bias = rng.standard_normal(V).astype(np.float32) if bias else None
+        self.states = rng.standard_normal((240, D)).astype(np.float32) * 0.7
+        self.fresh = rng.standard_normal((60, D)).astype(np.float32) * 0.7
+        self.clusters = cluster(
+            directions(self.weight, None), M, always=np.arange(16), seed=2
+        )
+        options = {"centroid_bits": 4, "group_size": 32, "n_probes": 6} | options
+        self.packed = pack.pack(
+            self.clusters,
+            Table(mx.array(self.weight), bits=32),
+            self.weight,
+            pack.mean_centroids(self.clusters, self.weight),
+            bias=self.bias,
+            head_bits=head_bits,
+            **options,
+        )
+
+    def head(self, **options) -> FlashHead:
+        return pack.calibrate(
+            self.packed,
+            self.clusters,
+            self.weight,
+            self.states,
+            bias=self.bias,
+            **options,
+        )
+
+    def logits(self, states: np.ndarray) -> np.ndarray:
+        """The dense head's, float64 ``[n, V]``."""
+        bias = 0.0 if self.bias is None else self.bias.astype(np.float64)
+        return states.astype(np.float64) @ self.weight.T.astype(np.float64) + bias
+
+    def members(self) -> list[np.ndarray]:
+        return [row[row < V] for row in self.clusters.token_ids]
+
+    def scores(self, head: FlashHead, states: np.ndarray) -> np.ndarray:
+        """What the stored centroids give, float64 ``[n, C]``."""
+        means = states.astype(np.float64) @ unpack(head.centroids).T
+        if self.bias is None:
+            return means
+        return means + [self.bias[m].astype(np.float64).mean() for m in self.members()]
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["no bias", "bias"])
+def case(request) -> Case:
+    return Case(bias=request.param)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_centroid_gives_the_exact_mean_logit(bias):
+    case = Case(bias, head_bits=16, centroid_bits=16)
+    assert V % M  # the last cluster is not full
+    found = np.array(case.packed.mean_logits(mx.array(case.fresh)))
+    logits = case.logits(case.fresh)
+    wanted = np.stack([logits[:, m].mean(1) for m in case.members()], axis=1)
+    np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_unit_centroids_are_directions_of_summed_directions(case):
+    found = pack.unit_centroids(case.clusters, case.weight)
+    unit = case.weight / np.linalg.norm(case.weight, axis=1, keepdims=True)
+    for centroid, members in zip(found, case.members()):
+        total = unit[members].sum(0)
+        np.testing.assert_allclose(centroid, total / np.linalg.norm(total), atol=1e-5)
+
+
+def test_packing_keeps_rows_and_order(case):
+    head = case.packed
+    assert np.array_equal(np.array(head.token_ids), case.clusters.token_ids)
+    rows = unpack(head.rows)
+    for row, members in zip(rows, case.members()):
+        step = np.ptp(case.weight[members].reshape(-1, D), axis=1) / 255
+        error = np.abs(row[: len(members)] - case.weight[members]).max(1)
+        assert (error <= 1.01 * step).all()
+    if case.bias is not None:
+        stored = np.array(head.bias).reshape(-1)[:V]
+        assert np.array_equal(stored, case.bias[case.clusters.order])
+
+
+def test_bonus_is_mean_plus_deviation_of_the_best_logit_over_the_score(case):
+    head = case.head()
+    logits, scores = case.logits(case.states), case.scores(head, case.states)
+    spread = np.array(head.spread)
+    assert (spread[:2] == np.float32(ALWAYS)).all()
+    for c, members in enumerate(case.members()):
+        above = logits[:, members].max(1) - scores[:, c]
+        if c >= 2:
+            np.testing.assert_allclose(spread[c], above.mean() + above.std(), rtol=1e-3)
+
+
+def test_excess_is_the_mean_log_mass_over_the_score(case):
+    head = case.head()
+    some = case.states[:: pack.MASS_STRIDE]
+    logits, scores = case.logits(some), case.scores(head, some)
+    for c, members in enumerate(case.members()):
+        mass = np.log(np.exp(logits[:, members]).mean(1))
+        wanted = (mass - scores[:, c]).mean()
+        np.testing.assert_allclose(np.array(head.excess)[c], wanted, atol=2e-3)
+
+
+def test_the_paper_has_no_bonus(case):
+    spread = np.array(case.head(use_spread=False).spread)
+    assert (spread[2:] == 0).all()
+    assert np.abs(np.array(case.head().spread)[2:]).min() > 0
+
+
+def test_calibration_is_repeatable(case):
+    a, b = case.head(), case.head()
+    for name in ("spread", "excess"):
+        assert mx.array_equal(a[name], b[name])
+    assert a.tail_offset == b.tail_offset
+
+
+# ---------------------------------------------------------------------------
+# Fidelity
+# ---------------------------------------------------------------------------
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64) - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def naive_kl(case: Case, head: FlashHead, states: np.ndarray) -> np.ndarray:
+    """KL(dense || FlashHead) from what ``head(x)`` returns."""
+    p = log_softmax(case.logits(states))
+    q = log_softmax(np.array(head(mx.array(states)[:, None]))[:, 0])
+    return (np.exp(p) * (p - q)).sum(1)
+
+
+def one_by_one(head: FlashHead, states: np.ndarray, f) -> np.ndarray:
+    """Large batches go dense, so states are given to the head a few at a time."""
+    return np.concatenate([f(head, states[i : i + 2]) for i in range(0, len(states), 2)])
+
+
+def test_measure_equals_a_naive_comparison(case):
+    head = case.head()
+    assert head.rows_read(2) < V
+    logits = case.logits(case.fresh)
+    best = logits.argmax(1)
+    found = measure(head, case.weight, case.fresh, bias=case.bias)
+    ids = np.array(head.candidates(mx.array(case.fresh)).ids)
+    recall = (ids == best[:, None]).any(1)
+    assert 0 < recall.mean() < 1
+    assert np.array_equal(found.recall, recall)
+    probability = np.exp(log_softmax(logits))
+    mass = [probability[i, ids[i][ids[i] < V]].sum() for i in range(len(ids))]
+    np.testing.assert_allclose(found.probed_mass, mass, atol=1e-5)
+
+    def choices(head, x):
+        found = head.candidates(mx.array(x))
+        at = mx.argmax(found.logits, axis=-1)[:, None]
+        return np.array(mx.take_along_axis(found.ids, at, axis=-1))[:, 0]
+
+    agreement = one_by_one(head, case.fresh, choices) == best
+    assert np.array_equal(found.agreement, agreement)
+    kl = one_by_one(head, case.fresh, lambda h, x: naive_kl(case, h, x))
+    np.testing.assert_allclose(found.kl(head.tail_offset), kl, atol=1e-4)
+    assert (kl > -1e-6).all()
+
+
+def test_measure_does_not_depend_on_blocks(case, monkeypatch):
+    from mlx_flashhead import linalg
+
+    head = case.head()
+    whole = measure(head, case.weight, case.fresh, bias=case.bias)
+    monkeypatch.setattr(linalg, "BLOCK", 7 * len(case.clusters.token_ids) * M)
+    steps = []
+    parts = measure(
+        head, case.weight, case.fresh, bias=case.bias, step=lambda: steps.append(1)
+    )
+    assert len(steps) == n_blocks(head, len(case.fresh)) == 9
+    assert np.array_equal(whole.recall, parts.recall)
+    np.testing.assert_allclose(whole.kl(0.3), parts.kl(0.3), atol=1e-5)
+
+
+def test_the_tail_offset_has_the_least_divergence(case):
+    head = case.head()
+    found = measure(head, case.weight, case.states, bias=case.bias)
+    best = found.fit_tail_offset()
+    grid = best + np.linspace(-2, 2, 401)
+    divergences = [found.kl(b).mean() for b in grid]
+    assert abs(grid[np.argmin(divergences)] - best) < 0.011
+    # The head really gives what the formula says, at other offsets too.
+    for offset in (best, best + 1):
+        head.tail_offset = offset
+        kl = one_by_one(head, case.fresh[:20], lambda h, x: naive_kl(case, h, x))
+        fresh = measure(head, case.weight, case.fresh[:20], bias=case.bias)
+        np.testing.assert_allclose(fresh.kl(offset), kl, atol=1e-4)
+    assert np.isclose(case.head().tail_offset, best, atol=0.5)
+
+
+def test_probing_everything_is_the_dense_head():
+    case = Case(head_bits=16, n_probes=-(-V // M))
+    head = case.head()
+    found = measure(head, case.weight, case.fresh)
+    assert found.recall.all() and found.agreement.all()
+    np.testing.assert_allclose(found.probed_mass, 1, atol=1e-6)
+    np.testing.assert_allclose(found.kl(head.tail_offset), 0, atol=1e-5)
+    assert np.isfinite(head.tail_offset)
+
+
+def test_recipes_differ_where_they_should(case):
+    states = States(case.states, case.fresh)
+    table = Table(mx.array(case.weight), bits=32)
+    heads = {
+        name: build_head(
+            table,
+            case.weight,
+            None,
+            states,
+            RECIPES[name],
+            group_size=32,
+            cluster_size=M,
+            n_probes=20,
+        )
+        for name in RECIPES
+    }
+    paper = unpack(heads["paper"].centroids)
+    assert np.allclose(np.linalg.norm(paper, axis=1), 1, atol=0.15)
+    assert (np.array(heads["paper"].spread) == 0).all()
+    assert (np.array(heads["default"].spread) != 0).all()
+
+
+# ---------------------------------------------------------------------------
+# Texts
+# ---------------------------------------------------------------------------
+
+
+def test_second_moment():
+    h = np.random.default_rng(0).standard_normal((70, 5)).astype(np.float32)
+    found = States(h, h[:0]).second_moment()
+    wanted = h.T.astype(np.float64) @ h / 70
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_built_in_text_is_of_several_domains():
+    documents = read_documents(None)
+    assert len(documents) >= 5 * calibrate.HOLD_OUT
+    assert sum(map(len, documents)) > 20_000
+    text = "".join(documents)
+    assert any("\u4e00" <= c <= "\u9fff" for c in text)
+    assert "def " in text
+
+
+def test_text_files_are_split_at_blank_lines(tmp_path):
+    file = tmp_path / "text.txt"
+    paragraphs = [f"{i} " + "word " * 250 for i in range(12)]
+    file.write_text("\n\n".join(paragraphs))
+    documents = read_documents(file)
+    assert len(documents) == 12
+    assert [d.strip() for d in documents] == [p.strip() for p in paragraphs]
+    file.write_text("\n\n".join(["short paragraph here"] * 400))
+    joined = read_documents(file)
+    assert 5 <= len(joined) < 20
+    assert sum(d.count("short") for d in joined) == 400
+
+
+def test_json_lines(tmp_path):
+    file = tmp_path / "text.jsonl"
+    # Strings in JSON may hold what Python takes for line breaks, raw.
+    texts = [f"{i} é\u2028\x85 \n" + "x" * 1200 for i in range(6)]
+    lines = [json.dumps({"text": t, "n": 1}, ensure_ascii=False) for t in texts]
+    file.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    assert read_documents(file) == texts
+
+
+@pytest.mark.parametrize(
+    "name, content, complaint",
+    [
+        ("missing.txt", None, "No such file"),
+        ("short.txt", b"too short", "too short"),
+        ("one.txt", b"word " * 5000, "too short"),
+        ("latin.txt", "é".encode("latin-1") * 9000, "UTF-8"),
+        ("bad.jsonl", b"not json\n" * 900, "JSON"),
+        ("field.jsonl", b'{"content": "abc"}\n' * 900, '"text" field'),
+        ("number.jsonl", b'{"text": 5}\n' * 9000, '"text" field'),
+        ("list.jsonl", b"[1, 2]\n" * 9000, '"text" field'),
+        ("empty.txt", b"", "too short"),
+    ],
+)
+def test_texts_that_cannot_be_used(tmp_path, name, content, complaint):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(CalibrationError) as error:
+        read_documents(file)
+    message = str(error.value)
+    assert complaint in message and str(file) in message
+    assert "\n" not in message
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(CalibrationError, match="calibration-data"):
+        read_documents(tmp_path)
