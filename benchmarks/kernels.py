@@ -2,8 +2,10 @@
 
 Steps depend on each other (each adds a multiple of the token it chose to the next
 hidden state) and are evaluated together, so launches count and host round trips do
-not. Everything is relative to the same run on the same device; random weights have the
-bytes and the shapes of the models, which is what latency depends on.
+not. Every step, dense or not, goes through ``mx.compile``, as the head's own does on a
+GPU: building the graph anew would cost several times what the kernels do ("not
+compiled" shows it). Everything is relative to the same run on the same device; random
+weights have the bytes and the shapes of the models, which is what latency depends on.
 
 usage: python benchmarks/kernels.py [--steps 64] [--models NAME ...] [--predict]
 """
@@ -49,38 +51,37 @@ def link(start: mx.array, token: mx.array) -> mx.array:
     return start + (token[:, None] % 7).astype(start.dtype) * 1e-3
 
 
-def chain(step, steps: int, repeats: int = 30) -> float:
-    """Seconds per step of ``steps`` dependent steps, the best of ``repeats``."""
+def chain(step, start: mx.array, steps: int, repeats: int = 12, compiled=True) -> float:
+    """Microseconds per step of ``steps`` dependent steps, the best of ``repeats``.
+
+    ``step`` maps a hidden state and a random key to a token.
+    """
+
+    def advance(h: mx.array, key: mx.array) -> mx.array:
+        token = step(h, key)
+        return start + (token[:, None] % 7).astype(start.dtype) * 1e-3
+
+    advance = mx.compile(advance) if compiled else advance
+    # Not start itself, which the compiled function holds.
+    first = start + 0
+    mx.eval(first)
 
     def run() -> None:
-        h = start
-        for i in range(steps):
-            token = step(h, i)
-            h = link(start, token)
+        h = first
+        for key in keys[:steps]:
+            h = advance(h, key)
         mx.eval(h)
 
-    start = step.start
     run()
     best = float("inf")
     for _ in range(repeats):
         begin = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - begin)
-    return best / steps
+    return 1e6 * best / steps
 
 
-class Step:
-    """A function from a hidden state and a step's number to a token."""
-
-    def __init__(self, start: mx.array, function):
-        self.start = start
-        self.function = function
-
-    def __call__(self, h: mx.array, i: int) -> mx.array:
-        return self.function(h, i)
-
-
-def dense_sample(logits: mx.array, i: int) -> mx.array:
+def dense_sample(logits: mx.array, key: mx.array) -> mx.array:
     """mlx-lm's top-p over the whole vocabulary, then a draw."""
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     ordered = mx.sort(logprobs, axis=-1)
@@ -89,10 +90,10 @@ def dense_sample(logits: mx.array, i: int) -> mx.array:
     dropped = (above >= TOP_P).sum(axis=-1, keepdims=True)
     edge = mx.take_along_axis(ordered, dropped, axis=-1)
     kept = mx.where(logprobs < edge, -mx.inf, logprobs)
-    return mx.random.categorical(kept * (1 / TEMPERATURE), key=keys[i])
+    return mx.random.categorical(kept * (1 / TEMPERATURE), key=key)
 
 
-keys = mx.random.split(mx.random.key(0), 1024)
+keys = list(mx.random.split(mx.random.key(0), 256))
 
 
 def measure(vocab_size: int, hidden_size: int, steps: int) -> dict[str, float]:
@@ -106,7 +107,7 @@ def measure(vocab_size: int, hidden_size: int, steps: int) -> dict[str, float]:
     spread = mx.random.uniform(shape=(C,))
     centroids = mx.quantize(rows.reshape(C, m, D).mean(1), group_size=64, bits=4)
     packed = {bits: mx.quantize(rows, group_size=64, bits=bits) for bits in (8, 4)}
-    mx.eval(rows, start, token_ids, spread, centroids, packed, keys)
+    mx.eval(rows, start, token_ids, spread, centroids, packed, *keys)
     product = partial(mx.quantized_matmul, transpose=True, group_size=64)
 
     def dense(bits):
@@ -121,7 +122,7 @@ def measure(vocab_size: int, hidden_size: int, steps: int) -> dict[str, float]:
         arrays = (rows, None, None) if bits == 16 else packed[bits]
         arrays = [a if a is None else a.reshape(C, m, -1) for a in arrays]
 
-        def step(h, i):
+        def step(h, key):
             probes = kernels.select_probes(scores(h), p, spread=spread)
             ids = {"probes": probes, "token_ids": token_ids}
             if not sampled:
@@ -132,11 +133,11 @@ def measure(vocab_size: int, hidden_size: int, steps: int) -> dict[str, float]:
                 )
             logits = kernels.probe_logits(h, *arrays, probes, bits=min(bits, 8))
             settings = {"temperature": TEMPERATURE, "top_p": TOP_P}
-            return kernels.sample(logits, keys[i], **settings, **ids)
+            return kernels.sample(logits, key, **settings, **ids)
 
         return step
 
-    def parts(h, i, last):
+    def parts(h, key, last):
         """The kernels' step up to one of its launches."""
         got = scores(h)
         if last > 0:
@@ -146,25 +147,26 @@ def measure(vocab_size: int, hidden_size: int, steps: int) -> dict[str, float]:
             got = kernels.probe_logits(h, *blocks, got)
         return got[:, 0].astype(mx.uint32)
 
-    timed = {"nothing": lambda h, i: h[:, 0].astype(mx.uint32)}
+    timed = {"nothing": lambda h, key: h[:, 0].astype(mx.uint32)}
     for bits in (16, 8, 4):
-        timed[f"dense {bits}-bit"] = lambda h, i, f=dense(bits): mx.argmax(f(h), -1)
-    timed["dense 8-bit, top-p"] = lambda h, i, f=dense(8): dense_sample(f(h), i)
+        timed[f"dense {bits}-bit"] = lambda h, key, f=dense(bits): mx.argmax(f(h), -1)
+    timed["dense 8-bit, top-p"] = lambda h, key, f=dense(8): dense_sample(f(h), key)
     for sampled in (False, True):
         name = ", top-p" if sampled else ""
         for bits in (16, 8, 4) if not sampled else (8,):
             timed[f"FlashHead {bits}-bit{name}"] = flash(bits, sampled)
     result = {}
     for name, function in timed.items():
-        result[name] = 1e6 * chain(Step(start, function), steps)
+        result[name] = chain(function, start, steps)
         if name.startswith("FlashHead"):
             with kernels.plain():
-                # A new function: nothing is shared with the kernels' run.
-                plain = partial(function)
-                result[f"{name}, plain MLX"] = 1e6 * chain(Step(start, plain), steps)
+                result[f"{name}, plain MLX"] = chain(function, start, steps)
+    for name in ("dense 8-bit", "FlashHead 8-bit"):
+        result[f"{name}, not compiled"] = chain(
+            timed[name], start, steps, compiled=False
+        )
     for last, name in enumerate(("stage 1", "+ select", "+ probe")):
-        function = partial(parts, last=last)
-        result[f"up to {name}"] = 1e6 * chain(Step(start, function), steps)
+        result[f"up to {name}"] = chain(partial(parts, last=last), start, steps)
     return result
 
 

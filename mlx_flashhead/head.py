@@ -93,6 +93,8 @@ class FlashHead(nn.Module):
             real = token_ids < vocab_size
             total = mx.where(real, bias.astype(mx.float32), 0).sum(-1)
             self._mean_bias = total / real.sum(-1)
+        # Not a dict of its own: a module takes those for parameters.
+        object.__setattr__(self, "_compiled", {})
         self.freeze()
 
     @property
@@ -129,7 +131,7 @@ class FlashHead(nn.Module):
         one_each = x.ndim < 3 or x.shape[-2] == 1
         if not one_each or self.rows_read(rows_in) >= self.vocab_size:
             return self.dense(x).astype(x.dtype)
-        logits = self._retrieve(x.reshape(-1, x.shape[-1]))
+        logits = self._fast(self._retrieve)(x.reshape(-1, x.shape[-1]))
         return logits.astype(x.dtype).reshape(*x.shape[:-1], self.vocab_size)
 
     def rows_read(self, batch_size: int = 1) -> int:
@@ -201,6 +203,17 @@ class FlashHead(nn.Module):
         """Embeddings ``[*ids.shape, D]`` of a tied model, from the same rows."""
         flat = self.rows.map(lambda a: a.reshape(-1, a.shape[-1]))
         return flat.take(self._position[ids])
+
+    def _fast(self, function):
+        """``function`` compiled where that pays: on a GPU the kernels take less time
+        than building their graph anew each step would. On a CPU MLX would call a
+        C++ compiler for it."""
+        if mx.default_device().type != mx.DeviceType.gpu:
+            return function
+        key = (function.__name__, self.n_probes, kernels.kind())
+        if key not in self._compiled:
+            self._compiled[key] = mx.compile(function, inputs=self)
+        return self._compiled[key]
 
     def _retrieve(self, h: mx.array) -> mx.array:
         """Logits, float32 ``[B, V]``: exact where probed, estimated elsewhere."""
