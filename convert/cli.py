@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
+import threading
 
 import click
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
@@ -20,6 +22,21 @@ _groups = click.Choice([str(g) for g in GROUP_SIZES])
 
 def _int(ctx, param, value):
     return None if value is None else int(value)
+
+
+@contextlib.contextmanager
+def _leaving_clean():
+    """On SIGTERM, leave as on an error: the unfinished folder goes along."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -78,8 +95,6 @@ def main(as_json: bool, **options) -> None:
     """
     if message := hint():
         click.echo(message, err=True)
-    # Leave through the front door, which takes the unfinished folder along.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with one_line_errors():
+    with one_line_errors(), _leaving_clean():
         report = convert(**options)
     click.echo(report_json(report) if as_json else str(report))

@@ -61,11 +61,12 @@ def pack(
     source = np.where(clustering.token_ids < len(weight), clustering.token_ids, 0)
     index = mx.array(source.astype(np.uint32))
     dtype = table.dtype
+    half = dtype if dtype.size == 2 else mx.bfloat16
     same = table.bits == head_bits and (
         not table.quantized or table.group_size == group_size
     )
     if same or head_bits >= 16:
-        rows = table if same else Table(mx.array(weight).astype(dtype), bits=16)
+        rows = table if same else Table(mx.array(weight).astype(half), bits=16)
         rows = rows.map(lambda a: a[index])
     else:
         rows = Table.from_dense(mx.array(weight).astype(dtype), head_bits, group_size)
@@ -73,7 +74,11 @@ def pack(
     extra = {} if bias is None else {"bias": mx.array(bias[source]).astype(dtype)}
     return FlashHead(
         rows,
-        Table.from_dense(mx.array(centroids).astype(dtype), centroid_bits, group_size),
+        Table.from_dense(
+            mx.array(centroids).astype(half if centroid_bits == 16 else dtype),
+            centroid_bits,
+            group_size,
+        ),
         mx.array(clustering.token_ids.astype(np.uint32)),
         len(weight),
         spread=mx.zeros(c),

@@ -111,7 +111,8 @@ main = click.Command(
         click.Option(
             ["--n-probes"],
             type=click.IntRange(min=1),
-            help="Clusters probed per token.  [default: the converted number]",
+            help="Clusters probed per token; fewer are faster and less faithful."
+            "  [default: the converted number]",
         ),
         click.Option(["--dense"], is_flag=True, help="Use the dense head."),
     ],

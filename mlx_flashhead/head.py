@@ -10,6 +10,7 @@ what is not probed keeps an estimate: each token of the vocabulary has a logit.
 from __future__ import annotations
 
 import math
+import warnings
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -108,6 +109,13 @@ class FlashHead(nn.Module):
                 f"n_probes must be an integer from 1 to {self.n_clusters}, not {n!r}"
             )
         self._n_probes = n
+        always = int((self.spread >= ALWAYS / 2).sum().item())
+        if n < 2 * always:
+            warnings.warn(
+                f"{always} clusters are probed at every step, so n_probes = {n} leaves "
+                f"few for the others; use {2 * always} or more",
+                stacklevel=2,
+            )
 
     @property
     def hidden_size(self) -> int:

@@ -472,13 +472,18 @@ def test_a_disk_without_room(untied_source, tmp_path, monkeypatch):
     assert contents(tmp_path) == {}
 
 
-PRELUDE = "import os, resource, signal, sys\nfrom mlx_flashhead.convert import cli, pack\n"
+PRELUDE = """
+import os, resource, signal, sys
+from mlx_flashhead.convert import cli, pack
+"""
 LIMITED = """
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 cli.main(sys.argv[2:])
 """
+# Processes started in the background of a shell ignore SIGINT otherwise.
 INTERRUPTED = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
 pack.pack = lambda *_, **__: os.kill(os.getpid(), int(sys.argv[1]))
 cli.main(sys.argv[2:])
 """

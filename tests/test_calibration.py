@@ -161,7 +161,8 @@ def naive_kl(case: Case, head: FlashHead, states: np.ndarray) -> np.ndarray:
 
 def one_by_one(head: FlashHead, states: np.ndarray, f) -> np.ndarray:
     """Large batches go dense, so states are given to the head a few at a time."""
-    return np.concatenate([f(head, states[i : i + 2]) for i in range(0, len(states), 2)])
+    starts = range(0, len(states), 2)
+    return np.concatenate([f(head, states[i : i + 2]) for i in starts])
 
 
 def test_measure_equals_a_naive_comparison(case):

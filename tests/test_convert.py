@@ -149,6 +149,14 @@ def test_a_16_bit_head_keeps_its_rows(tied_source, tmp_path):
     assert section["rows"]["bits"] == section["centroids"]["bits"] == 16
 
 
+def test_16_bits_are_16_bits(untied_source, tmp_path):
+    """Also where the source has 32."""
+    report, head = make(untied_source, tmp_path / "made", head_bits=16)
+    assert report.head_bits == head.rows.bits == 16
+    rows = stored(tmp_path / "made")["rows.weight"]
+    assert rows.dtype.size == 2
+
+
 @pytest.mark.parametrize("bits", [4, 5, 6])
 def test_bits_of_rows_and_centroids(untied_source, tmp_path, bits):
     report, head = make(
@@ -393,7 +401,8 @@ def test_the_report_is_true(tmp_path, name):
     assert report.dense_bytes == table.nbytes == 1003 * 64 * 4
     bias = {"phi": 4}.get(name, 0)
     row = 64 + 8 + bias  # 8-bit values, and a float32 scale and bias
-    assert abs(report.flash_bytes - (150 * 4 * row + 251 * (32 + 8 + 4))) <= 8 * bias * 251
+    flash_bytes = 150 * 4 * row + 251 * (32 + 8 + 4)
+    assert abs(report.flash_bytes - flash_bytes) <= 8 * bias * 251
     assert report.seconds > 0
 
     model, tokenizer = mlx_lm.load(str(source))

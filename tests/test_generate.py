@@ -144,6 +144,17 @@ def test_mlx_lms_flags_mean_the_same(untied_folder, words):
     assert ours == result.stdout.removesuffix("\n")
 
 
+def test_a_flag_that_takes_several_values_can_be_repeated(untied_folder):
+    model, tokenizer = load(untied_folder)
+    stream = mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=8)
+    tokens = [response.token for response in stream]
+    stop = next(i for i in range(2, 8) if tokens[i] not in tokens[:i])
+    word = tokenizer.convert_ids_to_tokens(tokens[stop])
+    unused = tokenizer.convert_ids_to_tokens(next(iter({300, 301} - set(tokens))))
+    flags = ("--extra-eos-token", unused, "--extra-eos-token", word)
+    assert write(untied_folder, *flags) == tokenizer.decode(tokens[:stop])
+
+
 def test_short_flags(untied_folder):
     words = ["--model", untied_folder, "-p", PROMPT, "-m", 8, "--verbose", "F"]
     result = invoke(generate_command, *words, "--ignore-chat-template")
@@ -260,7 +271,9 @@ def test_generate_with_options_that_do_not_fit(untied_folder):
 # ---------------------------------------------------------------------------
 
 
-def test_without_a_model_the_demo_is_used_and_said(untied_folder, tmp_path, monkeypatch):
+def test_without_a_model_the_demo_is_used_and_said(
+    untied_folder, tmp_path, monkeypatch
+):
     """As if it had been converted before."""
     monkeypatch.setenv("MLX_FLASHHEAD_CACHE", str(tmp_path))
     monkeypatch.setattr(demo_model, "demo_installed", lambda: True)

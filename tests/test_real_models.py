@@ -134,11 +134,14 @@ def converted(folder: Path) -> Converted:
 
 def converter_key() -> str:
     """Changes when the converter, or what it stands on, does."""
+    files = list(Path(converter.__file__).parent.rglob("*.py"))
+    files += Path(converter.__file__).parent.glob("*.jsonl")
+    runtime = Path(mlx_flashhead.__file__).parent
+    for name in ("attach", "fidelity", "files", "head", "linalg", "table"):
+        files.append(runtime / f"{name}.py")
     digest = hashlib.sha256()
-    for package in (converter, mlx_flashhead):
-        folder = Path(package.__file__).parent
-        for file in sorted([*folder.glob("*.py"), *folder.glob("*.jsonl")]):
-            digest.update(file.name.encode() + file.read_bytes())
+    for file in sorted(files):
+        digest.update(file.name.encode() + file.read_bytes())
     for name in ("mlx", "mlx-lm", "numpy", "gguf"):
         digest.update(version(name).encode())
     return digest.hexdigest()[:16]
@@ -155,12 +158,13 @@ def gemma() -> Converted:
     folder = source.parent / f"gemma-3-270m-flashhead-{converter_key()}"
     if not folder.exists():
         for old in source.parent.glob("gemma-3-270m-flashhead-*"):
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=source.parent) as scratch:
             made = Path(scratch) / "made"
             made.mkdir()
             convert_gguf(source, made)
-            made.rename(folder)
+            if not folder.exists():  # another run may have been faster
+                made.rename(folder)
     return converted(folder)
 
 
