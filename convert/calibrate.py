@@ -19,6 +19,8 @@ from .progress import Progress, silent
 N_TOKENS = 8192
 # Longest run of tokens that the model reads at once.
 WINDOW = 256
+# Texts that the model reads side by side.
+BATCH = 4
 # One document in this many is held out from the fit, for the report.
 HOLD_OUT = 5
 
@@ -107,14 +109,24 @@ def collect(
         n_tokens: Tokens in all, at most.
     """
     share = max(16, n_tokens // len(documents))
+    texts = [tokenizer.encode(text)[: share + 1] for text in documents]
     fit, held_out = [], []
     with progress("Calibration: hidden states", len(documents)) as step:
-        for i, text in enumerate(documents):
-            tokens = tokenizer.encode(text)[: share + 1]
-            states = hidden_states(model, head_path, tokens)
-            (held_out if i % HOLD_OUT == HOLD_OUT - 1 else fit).append(states)
-            step()
+        for start in range(0, len(texts), BATCH):
+            for i, states in enumerate(
+                _batch_states(model, head_path, texts[start : start + BATCH]), start
+            ):
+                (held_out if i % HOLD_OUT == HOLD_OUT - 1 else fit).append(states)
+                step()
     return States(np.concatenate(fit), np.concatenate(held_out))
+
+
+def _batch_states(model, head_path: str, texts: list[list[int]]) -> list[np.ndarray]:
+    """:func:`hidden_states` of each text; at once where their lengths are equal."""
+    length = len(texts[0])
+    if length > WINDOW + 1 or any(len(t) != length for t in texts):
+        return [hidden_states(model, head_path, t) for t in texts]
+    return list(_checked(_run(model, head_path, texts)))
 
 
 def hidden_states(model: nn.Module, head_path: str, tokens: list[int]) -> np.ndarray:
@@ -128,10 +140,18 @@ def hidden_states(model: nn.Module, head_path: str, tokens: list[int]) -> np.nda
         window = tokens[start : start + WINDOW + 1]
         if start:
             window = [tokens[0], *window[1:]]
-        with watching(model, head_path) as seen:
-            model(mx.array([window]))
-        states.append(np.array(seen.states[-1][0, 1:].astype(mx.float32)))
-    states = np.concatenate(states)
+        states.append(_run(model, head_path, [window])[0])
+    return _checked(np.concatenate(states))
+
+
+def _run(model: nn.Module, head_path: str, tokens: list[list[int]]) -> np.ndarray:
+    """States ``[B, n - 1, D]`` after each token but the first of ``tokens [B, n]``."""
+    with watching(model, head_path) as seen:
+        model(mx.array(tokens))
+    return np.array(seen.states[-1][:, 1:].astype(mx.float32))
+
+
+def _checked(states: np.ndarray) -> np.ndarray:
     if not np.isfinite(states).all():
         raise CalibrationError(
             "the model's hidden states are not finite: its weights are damaged, or "

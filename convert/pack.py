@@ -62,20 +62,20 @@ def pack(
     index = mx.array(source.astype(np.uint32))
     dtype = table.dtype
     half = dtype if dtype.size == 2 else mx.bfloat16
-    same = table.bits == head_bits and (
-        not table.quantized or table.group_size == group_size
+    kinds = {16: half, 32: mx.float32}
+    same = table.bits == head_bits == 8 * table.weight.dtype.size or (
+        table.quantized and (table.bits, table.group_size) == (head_bits, group_size)
     )
-    if same or head_bits >= 16:
-        rows = table if same else Table(mx.array(weight).astype(half), bits=16)
-        rows = rows.map(lambda a: a[index])
-    else:
-        rows = Table.from_dense(mx.array(weight).astype(dtype), head_bits, group_size)
-        rows = rows.map(lambda a: a[index])
+    rows = table
+    if not same:
+        rows = mx.array(weight).astype(kinds.get(head_bits, dtype))
+        rows = Table.from_dense(rows, head_bits, group_size)
+    rows = rows.map(lambda a: a[index])
     extra = {} if bias is None else {"bias": mx.array(bias[source]).astype(dtype)}
     return FlashHead(
         rows,
         Table.from_dense(
-            mx.array(centroids).astype(half if centroid_bits == 16 else dtype),
+            mx.array(centroids).astype(kinds.get(centroid_bits, dtype)),
             centroid_bits,
             group_size,
         ),

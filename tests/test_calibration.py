@@ -79,7 +79,7 @@ def case(request) -> Case:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_centroid_gives_the_exact_mean_logit(bias):
-    case = Case(bias, head_bits=16, centroid_bits=16)
+    case = Case(bias, head_bits=32, centroid_bits=32)
     assert V % M  # the last cluster is not full
     found = np.array(case.packed.mean_logits(mx.array(case.fresh)))
     logits = case.logits(case.fresh)
@@ -223,7 +223,7 @@ def test_the_tail_offset_has_the_least_divergence(case):
 
 
 def test_probing_everything_is_the_dense_head():
-    case = Case(head_bits=16, n_probes=-(-V // M))
+    case = Case(head_bits=32, n_probes=-(-V // M))
     head = case.head()
     found = measure(head, case.weight, case.fresh)
     assert found.recall.all() and found.agreement.all()
