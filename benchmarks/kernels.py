@@ -7,11 +7,19 @@ GPU: building the graph anew would cost several times what the kernels do ("not
 compiled" shows it). Everything is relative to the same run on the same device; random
 weights have the bytes and the shapes of the models, which is what latency depends on.
 
+"Plain MLX" is the same head in MLX operations, its selection by ``mx.argpartition``.
+
+MLX compiles CUDA kernels as they are first used, seconds each, and keeps them on disk:
+``--shard 0/8`` to ``--shard 7/8`` side by side fill that store before the run that
+counts.
+
 usage: python benchmarks/kernels.py [--steps 64] [--models NAME ...] [--predict]
+       [--batch-sizes 1 2 4 ...] [--shard I/N]
 """
 
 import argparse
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import mlx.core as mx
@@ -96,18 +104,24 @@ def dense_sample(logits: mx.array, key: mx.array) -> mx.array:
 keys = list(mx.random.split(mx.random.key(0), 256))
 
 
-def measure(vocab_size: int, hidden_size: int, steps: int) -> dict[str, float]:
-    """Microseconds per step, by what was measured."""
+def measure(
+    vocab_size: int,
+    hidden_size: int,
+    steps: int,
+    batch_sizes: list[int],
+    shard: tuple[int, int] = (0, 1),
+) -> dict[str, float]:
+    """Microseconds per step, by what was measured; of a shard, only its entries."""
     V, D, m = vocab_size, hidden_size, CLUSTER_SIZE
     C = V // m
     p = C // 16
     rows = mx.random.normal((V, D), scale=D**-0.5).astype(mx.bfloat16)
-    start = mx.random.normal((1, D)).astype(mx.bfloat16)
+    states = mx.random.normal((max(1, *batch_sizes), D)).astype(mx.bfloat16)
     token_ids = mx.random.permutation(V).astype(mx.uint32).reshape(C, m)
     spread = mx.random.uniform(shape=(C,))
     centroids = mx.quantize(rows.reshape(C, m, D).mean(1), group_size=64, bits=4)
     packed = {bits: mx.quantize(rows, group_size=64, bits=bits) for bits in (8, 4)}
-    mx.eval(rows, start, token_ids, spread, centroids, packed, *keys)
+    mx.eval(rows, states, token_ids, spread, centroids, packed, *keys)
     product = partial(mx.quantized_matmul, transpose=True, group_size=64)
 
     def dense(bits):
@@ -118,12 +132,18 @@ def measure(vocab_size: int, hidden_size: int, steps: int) -> dict[str, float]:
     def scores(h):
         return product(h, *centroids, bits=4)
 
+    def select(scores):
+        if kernels.kind() == "plain":
+            # What one would write; the reference settles ties, too, which is dearer.
+            return mx.argpartition(-(scores + spread), kth=p - 1)[:, :p]
+        return kernels.select_probes(scores, p, spread=spread)
+
     def flash(bits, sampled):
         arrays = (rows, None, None) if bits == 16 else packed[bits]
         arrays = [a if a is None else a.reshape(C, m, -1) for a in arrays]
 
         def step(h, key):
-            probes = kernels.select_probes(scores(h), p, spread=spread)
+            probes = select(scores(h))
             ids = {"probes": probes, "token_ids": token_ids}
             if not sampled:
                 score = kernels.probe_logits_stats
@@ -155,18 +175,26 @@ def measure(vocab_size: int, hidden_size: int, steps: int) -> dict[str, float]:
         name = ", top-p" if sampled else ""
         for bits in (16, 8, 4) if not sampled else (8,):
             timed[f"FlashHead {bits}-bit{name}"] = flash(bits, sampled)
-    result = {}
+    runs = []
+
+    def add(name, function, batch_size=1, plain=False, **options):
+        runs.append((name, function, batch_size, plain, options))
+
     for name, function in timed.items():
-        result[name] = chain(function, start, steps)
+        add(name, function)
         if name.startswith("FlashHead"):
-            with kernels.plain():
-                result[f"{name}, plain MLX"] = chain(function, start, steps)
+            add(f"{name}, plain MLX", function, plain=True)
     for name in ("dense 8-bit", "FlashHead 8-bit"):
-        result[f"{name}, not compiled"] = chain(
-            timed[name], start, steps, compiled=False
-        )
+        add(f"{name}, not compiled", timed[name], compiled=False)
     for last, name in enumerate(("stage 1", "+ select", "+ probe")):
-        result[f"up to {name}"] = chain(partial(parts, last=last), start, steps)
+        add(f"up to {name}", partial(parts, last=last))
+    for B in batch_sizes:
+        for name in ("dense 8-bit", "FlashHead 8-bit", "dense 8-bit, top-p", "FlashHead 8-bit, top-p"):
+            add(f"batch {B}: {name}", timed[name], B)
+    result = {}
+    for name, function, B, plain, options in runs[shard[0] :: shard[1]]:
+        with kernels.plain() if plain else nullcontext():
+            result[name] = chain(function, states[:B] + 0, steps, **options)
     return result
 
 
@@ -192,7 +220,7 @@ def head_bytes(vocab_size: int, hidden_size: int, bits: int) -> tuple[float, flo
 
 def show(result: dict[str, float], V: int, D: int, bandwidth: float) -> None:
     for name, time_us in result.items():
-        print(f"  {name:34}{time_us:9.1f} us")
+        print(f"  {name:44}{time_us:9.1f} us")
     for bits in (16, 8, 4):
         dense, flash = (1e6 * b / bandwidth for b in head_bytes(V, D, bits))
         print(
@@ -231,6 +259,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--batch-sizes", type=int, nargs="*", default=[])
+    parser.add_argument("--shard", default="0/1", help="only compile a part")
     parser.add_argument("--predict", action="store_true", help="only the prediction")
     options = parser.parse_args()
     if not options.predict:
@@ -242,7 +272,10 @@ def main() -> None:
         for name in options.models:
             V, D = MODELS[name]
             print(f"\n{name}: vocab_size {V}, hidden_size {D}", flush=True)
-            show(measure(V, D, options.steps), V, D, bandwidth)
+            shard = tuple(map(int, options.shard.split("/")))
+            result = measure(V, D, options.steps, options.batch_sizes, shard)
+            if shard == (0, 1):
+                show(result, V, D, bandwidth)
     predict()
 
 

@@ -329,7 +329,7 @@ def _validate(x, weight, scales, biases, probes, group_size: int, bits: int) -> 
 
 def _exact(x, weight, scales, biases, probes, group_size, bits) -> mx.array:
     """Logits in float32 from copies of the probed clusters. On a CPU this is also the
-    fastest: MLX's gather_qmm accumulates in the dtype of x there."""
+    fastest for packed rows: MLX's gather_qmm accumulates in the dtype of x there."""
     B, p = probes.shape
     x = x.astype(mx.float32)[:, None]
     arrays = [
@@ -379,7 +379,8 @@ def _reference(
     B, p = probes.shape
     C, m = weight.shape[:2]
     if exact is None:
-        exact = mx.default_device().type != mx.DeviceType.gpu
+        on_cpu = mx.default_device().type != mx.DeviceType.gpu
+        exact = on_cpu and (scales is not None or x.dtype != mx.float32)
     score = _exact if exact else _gathered
     logits = score(x, weight, scales, biases, probes, group_size, bits)
     logits = logits.astype(mx.float32).reshape(B, p, m)
