@@ -87,7 +87,7 @@ def main(
                         "tokens": len(h),
                         "recall": float(f.recall.mean()),
                         "agreement": float(f.agreement.mean()),
-                        "kl": float(f.kl(head.tail_offset).mean()),
+                        "kl": float(f.kl().mean()),
                     }
                     figures.append(row)
                     click.echo(

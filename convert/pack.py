@@ -5,10 +5,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.fidelity import measure
+from mlx_flashhead.fidelity import measure, n_blocks
 from mlx_flashhead.head import ALWAYS, FlashHead
 from mlx_flashhead.linalg import BLOCK, matmul
 from mlx_flashhead.table import Table
+from mlx_flashhead.transform import Transform
 
 from .cluster import Clustering
 from .progress import Progress, silent
@@ -19,7 +20,9 @@ N_FIT = 4096
 # than the bonus, and costs an exponential per logit.
 MASS_STRIDE = 4
 # Of those, states on which the tail offset is fitted.
-N_TAIL = 512
+N_TAIL = 384
+# Temperatures at which the mass of a cluster is fitted, falling.
+TEMPERATURES = (2.0, 1.4, 1.0, 0.75, 0.55, 0.4, 0.3)
 
 
 def mean_centroids(clustering: Clustering, weight: np.ndarray) -> np.ndarray:
@@ -47,6 +50,7 @@ def pack(
     centroid_bits: int = 4,
     group_size: int = 64,
     n_probes: int | None = None,
+    transform: Transform | None = Transform(),
 ) -> FlashHead:
     """The clustered head, what its scores lack still zero.
 
@@ -55,6 +59,7 @@ def pack(
           asked for, its packed rows are only put in another order.
         weight: The same, float32.
         bias: The head's bias, ``[V]``.
+        transform: What the model does to its logits.
     """
     c, m = clustering.token_ids.shape
     # Padding repeats a row that exists; it is masked wherever logits are made.
@@ -72,7 +77,7 @@ def pack(
         rows = Table.from_dense(rows, head_bits, group_size)
     rows = rows.map(lambda a: a[index])
     extra = {} if bias is None else {"bias": mx.array(bias[source]).astype(dtype)}
-    return FlashHead(
+    head = FlashHead(
         rows,
         Table.from_dense(
             mx.array(centroids).astype(kinds.get(centroid_bits, dtype)),
@@ -82,10 +87,12 @@ def pack(
         mx.array(clustering.token_ids.astype(np.uint32)),
         len(weight),
         spread=mx.zeros(c),
-        excess=mx.zeros(c),
+        excess=mx.zeros((1, c)),
         n_probes=n_probes,
         **extra,
     )
+    head.transform = transform
+    return head
 
 
 def calibrate(
@@ -118,20 +125,25 @@ def calibrate(
     if not use_spread:
         spread = np.zeros_like(spread)
     spread[: clustering.n_always] = ALWAYS
-    with progress("Calibration: tail", 1) as step:
-        head = _with(head, spread, excess, 0.0)
-        sample = states[:: max(1, len(states) // N_TAIL)]
-        offset = measure(head, weight, sample, bias=bias).fit_tail_offset()
-        step()
-    return _with(head, spread, excess, offset)
+    head = _with(head, spread, excess, (0.0,) * len(TEMPERATURES))
+    sample = states[:: max(1, len(states) // N_TAIL)]
+    with progress("Calibration: tail", n_blocks(head, len(sample))) as step:
+        found = measure(
+            head, weight, sample, bias=bias, temperatures=TEMPERATURES, step=step
+        )
+    offsets = tuple(found.at[t].fit_shift() for t in TEMPERATURES)
+    return _with(head, spread, excess, offsets)
 
 
 def _statistics(head, clustering, weight, states, bias, progress):
     """Per cluster, over the states: mean + standard deviation of (best logit - score)
-    and mean of (log mean exp(logit) - score)."""
+    and, at each of TEMPERATURES, mean of (log mean exp(logit / T) - score / T), logits
+    and scores there being the model's."""
     c, m = clustering.token_ids.shape
     centroids = np.array(head.centroids.dequantize(mx.float32))
-    spread, excess = np.empty(c, np.float32), np.empty(c, np.float32)
+    transform = head.transform or Transform()
+    spread = np.empty(c, np.float32)
+    excess = np.empty((len(TEMPERATURES), c), np.float32)
     step_size = max(1, BLOCK // (len(states) * m))
     right = np.ascontiguousarray(states.T)
     with progress("Calibration: clusters", -(-c // step_size)) as step:
@@ -147,30 +159,35 @@ def _statistics(head, clustering, weight, states, bias, progress):
                 logits += bias[ids][..., None]
                 rows = np.where(real, bias[ids], 0).sum(-1) / real.sum(-1)
                 score += rows[:, None]
-            logits -= score[:, None]
             best = np.max(logits, axis=1, where=real[..., None], initial=-np.inf)
-            spread[s] = best.mean(-1) + best.std(-1)
+            gain = best - score
+            spread[s] = gain.mean(-1) + gain.std(-1)
             some = slice(None, None, MASS_STRIDE)
-            ratio = np.exp(logits[..., some] - best[:, None, some])
-            mass = np.sum(ratio, axis=1, where=real[..., None])
-            mass = best[:, some] + np.log(mass / real.sum(-1)[:, None])
-            excess[s] = mass.mean(-1)
+            best, score = transform(best[:, some]), transform(score[:, some])
+            below = transform(logits[..., some]) - best[:, None]
+            for i, t in enumerate(TEMPERATURES):
+                mass = np.sum(np.exp(below / t), axis=1, where=real[..., None])
+                log_mean = np.log(mass / real.sum(-1)[:, None])
+                excess[i, s] = ((best - score) / t + log_mean).mean(-1)
             step()
     return spread, excess
 
 
-def _with(head: FlashHead, spread, excess, tail_offset: float) -> FlashHead:
-    return FlashHead(
+def _with(head: FlashHead, spread, excess, tail_offset) -> FlashHead:
+    new = FlashHead(
         head.rows,
         head.centroids,
         head.token_ids,
         head.vocab_size,
         spread=mx.array(spread),
         excess=mx.array(excess),
+        temperatures=TEMPERATURES,
         tail_offset=tail_offset,
         n_probes=head.n_probes,
         bias=head.get("bias"),
     )
+    new.transform = head.transform
+    return new
 
 
 def _starts(clustering: Clustering) -> np.ndarray:

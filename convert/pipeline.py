@@ -18,10 +18,11 @@ from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
 from mlx_flashhead import files
-from mlx_flashhead.attach import find_head, get_module, head_table
+from mlx_flashhead.attach import find_head, find_transform, get_module, head_table
 from mlx_flashhead.fidelity import measure, n_blocks
 from mlx_flashhead.head import FlashHead, default_n_probes
 from mlx_flashhead.table import Table
+from mlx_flashhead.transform import Transform
 
 from . import calibrate, cluster, pack
 from .progress import Progress, bars, silent
@@ -175,6 +176,7 @@ def convert(
             model, tokenizer, config = source.load(dtype)
             step()
         path = find_head(model)
+        transform = find_transform(model, path)
         module = get_module(model, path)
         table = head_table(module)
         bits, group_size = _head_format(table, head_bits, centroid_bits, group_size)
@@ -202,6 +204,7 @@ def convert(
             n_probes=n_probes,
             seed=seed,
             stop_tokens=list(getattr(tokenizer, "eos_token_ids", [])),
+            transform=transform,
             progress=progress,
         )
         n = n_blocks(head, len(states.held_out))
@@ -211,7 +214,7 @@ def convert(
         measured = {
             "recall": float(fidelity.recall.mean()),
             "agreement": float(fidelity.agreement.mean()),
-            "kl": float(fidelity.kl(head.tail_offset).mean()),
+            "kl": float(fidelity.kl().mean()),
             "held_out_tokens": len(states.held_out),
         }
         with progress("Writing", 2) as step, writing(target):
@@ -249,6 +252,7 @@ def build_head(
     n_probes: int | None = None,
     seed: int = 0,
     stop_tokens: list[int] = [],
+    transform: Transform | None = Transform(),
     progress: Progress = silent,
 ) -> FlashHead:
     """Cluster, pack and calibrate a head.
@@ -258,6 +262,7 @@ def build_head(
         weight: The unquantized head, float32 ``[V, D]``.
         bias: Its bias, float32 ``[V]``.
         states: Calibration states.
+        transform: What the model does to its logits.
     """
     with progress("Clustering: metric", 1) as step:
         factor = None
@@ -293,6 +298,7 @@ def build_head(
             centroid_bits=centroid_bits,
             group_size=group_size,
             n_probes=n_probes,
+            transform=transform,
         )
         mx.eval(head.parameters())
         step()

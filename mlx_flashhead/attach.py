@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from .head import FlashEmbedding, FlashHead
 from .table import Table
+from .transform import Transform
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
@@ -152,10 +155,45 @@ class watching:
         set_module(self.model, self.path, self._inner)
 
 
+@contextmanager
+def answering(
+    model: nn.Module, path: str, answer: Callable[[mx.array], mx.array]
+) -> Iterator[None]:
+    """Context in which the head at ``path`` gives ``answer(x)`` for hidden states x."""
+    inner = get_module(model, path)
+    head = getattr(inner, "head", inner)
+    if isinstance(head, FlashHead):
+        with head.answering(answer):
+            yield
+        return
+    set_module(model, path, _Watched(inner, lambda x, y: answer(x)))
+    try:
+        yield
+    finally:
+        set_module(model, path, inner)
+
+
+def find_transform(model: nn.Module, path: str) -> Transform | None:
+    """What the model does to the logits of its head at ``path``, found by giving it
+    known ones; ``None`` if it is nothing that :class:`Transform` can say."""
+    known = np.concatenate([np.linspace(1e-2, 80, 255), [1e6]])
+    values = mx.array(known, mx.float32)
+
+    def answer(x: mx.array) -> mx.array:
+        return mx.broadcast_to(values, (*x.shape[:-1], known.size))
+
+    with answering(model, path, answer):
+        made = model(mx.array([[0, 1]]))
+    if made.ndim != 3 or made.shape[-1] != known.size:
+        return None
+    return Transform.fit(known, np.array(made[0, -1].astype(mx.float32), np.float64))
+
+
 def attach(model: nn.Module, path: str, head: FlashHead) -> nn.Module:
     """Put a FlashHead in place of the model's head at ``path``; returns the model."""
     module = FlashEmbedding(head) if is_tied(model, path) else head
     set_module(model, path, module)
+    head.transform = find_transform(model, path)
     return model
 
 

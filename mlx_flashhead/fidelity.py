@@ -1,52 +1,55 @@
 """How faithful a FlashHead is to the dense head it stands for.
 
-Both are given the same hidden states. The reference is the unquantized dense head;
-the FlashHead's distribution is that of ``head(x)``: exact where probed, estimated
-elsewhere.
+Both are given the same hidden states. The reference is the unquantized dense head; the
+FlashHead's distribution is the one that its sampling implies: exact logits where
+probed, the estimated mass of each other cluster, and within that the exact logits again
+(see :mod:`mlx_flashhead.candidates`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from .head import FlashHead
 from .linalg import blocks, matmul
+from .transform import Transform
 
 
 @dataclass(frozen=True)
-class Fidelity:
-    """Measures per hidden state, each ``[n]``.
+class Distribution:
+    """Measures at one temperature T per hidden state, each ``[n]``, float64.
 
     Attributes:
-        recall: Whether the reference's best token was probed.
-        agreement: Whether the FlashHead's best token is the reference's.
         probed_mass: The reference's probability of what was probed.
-        kl_terms: ``(a, log_probed, log_tail)``, float64, from which :meth:`kl`
-          follows at any tail offset.
+        total_variation: ``sum |p - q| / 2`` between the reference p and FlashHead q.
+        kl_terms: ``(a, log_probed, log_tail)``, from which :meth:`kl` follows at any
+          shift of the estimated log-masses.
+        equal_shares: What KL would gain if each token of an unprobed cluster had an
+          equal share of its mass, as in the logits of ``head(x)``, in nats.
     """
 
-    recall: np.ndarray
-    agreement: np.ndarray
     probed_mass: np.ndarray
+    total_variation: np.ndarray
     kl_terms: tuple[np.ndarray, np.ndarray, np.ndarray]
+    equal_shares: np.ndarray
 
-    def kl(self, tail_offset: float) -> np.ndarray:
-        """KL(reference || FlashHead) in nats, ``[n]``, were the estimated logits of
-        all unprobed tokens shifted to this offset.
+    def kl(self, shift: float = 0.0) -> np.ndarray:
+        """KL(reference || FlashHead) in nats, ``[n]``, were all estimated log-masses
+        shifted by so much.
 
-        With p the reference, q the FlashHead's logits at offset 0 and b the offset:
+        With p the reference, q the FlashHead's log-masses and b the shift:
         ``sum p log p - sum p q - b p_tail + log(Z_probed + e^b Z_tail)``.
         """
         a, log_probed, log_tail = self.kl_terms
-        log_z = np.logaddexp(log_probed, tail_offset + log_tail)
-        return a - tail_offset * (1 - self.probed_mass) + log_z
+        log_z = np.logaddexp(log_probed, shift + log_tail)
+        return a - shift * (1 - self.probed_mass) + log_z
 
-    def fit_tail_offset(self) -> float:
-        """The offset with the least mean KL: the one at which the estimated mass of
+    def fit_shift(self) -> float:
+        """The shift with the least mean KL: the one at which the estimated mass of
         what was not probed equals, on average, the true one."""
         _, log_probed, log_tail = self.kl_terms
         if not np.isfinite(log_tail).any():
@@ -56,8 +59,32 @@ class Fidelity:
         for _ in range(60):
             middle = (low + high) / 2
             gap = np.clip(log_probed - log_tail - middle, -700, 700)
-            low, high = (low, middle) if np.mean(1 / (1 + np.exp(gap))) > target else (middle, high)
+            too_much = np.mean(1 / (1 + np.exp(gap))) > target
+            low, high = (low, middle) if too_much else (middle, high)
         return (low + high) / 2
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Measures per hidden state.
+
+    Attributes:
+        recall: Whether the reference's best token was probed, bool ``[n]``.
+        agreement: Whether the FlashHead's best token is the reference's, bool ``[n]``.
+        at: Measures of the distribution, by temperature.
+    """
+
+    recall: np.ndarray
+    agreement: np.ndarray
+    at: dict[float, Distribution]
+
+    @property
+    def probed_mass(self) -> np.ndarray:
+        return self.at[1.0].probed_mass
+
+    def kl(self) -> np.ndarray:
+        """KL in nats at temperature 1, ``[n]``."""
+        return self.at[1.0].kl()
 
 
 def measure(
@@ -66,6 +93,7 @@ def measure(
     states: np.ndarray,
     *,
     bias: np.ndarray | None = None,
+    temperatures: Sequence[float] = (1.0,),
     step: Callable[[], None] = lambda: None,
 ) -> Fidelity:
     """Compare a FlashHead with the dense head on hidden states.
@@ -75,36 +103,49 @@ def measure(
         weight: Rows of the reference, float32 ``[V, D]``, in vocabulary order.
         states: float32 ``[n, D]``.
         bias: Bias of the reference, float32 ``[V]``.
+        temperatures: Those at which the distributions are compared.
         step: Called after each block of :func:`n_blocks`.
     """
     c, m, d = head.n_clusters, head.cluster_size, head.hidden_size
+    transform = head.transform or Transform()
     order = np.array(head.token_ids).reshape(-1)
     # Padding gets logits that weigh nothing.
     mask = np.where(order < head.vocab_size, 0, -1e30).astype(np.float32)
     order = np.minimum(order, head.vocab_size - 1)
     ordered = weight[order]
     rows = np.array(head.rows.dequantize(mx.float32)).reshape(c * m, d)
-    offset, rows_offset = mask.copy(), mask
+    rows_bias = None
     if bias is not None:
-        offset += bias[order]
-        rows_offset = mask + np.array(head.bias.astype(mx.float32)).reshape(-1)
-    parts = []
+        bias = bias[order]
+        rows_bias = np.array(head.bias.astype(mx.float32)).reshape(-1)
+
+    def logits(h: np.ndarray, matrix: np.ndarray, offset: np.ndarray | None):
+        y = matmul(h, matrix.T)
+        if offset is not None:
+            y += offset
+        y = transform(y)
+        y += mask
+        return y.reshape(len(h), c, m)
+
+    parts: list = []
+    by_temperature: dict[float, list] = {t: [] for t in temperatures}
     for s in blocks(len(states), c * m):
         h = states[s]
-        reference = matmul(h, ordered.T)
-        reference += offset
-        stored = matmul(h, rows.T)
-        stored += rows_offset
+        reference = logits(h, ordered, bias)
+        stored = logits(h, rows, rows_bias)
         means = head.mean_logits(mx.array(h))
         probes = np.array(head.select(means)).astype(np.int64)
-        estimate = np.array(means + head.excess)
-        shape = (len(h), c, m)
-        parts.append(
-            _compare(reference.reshape(shape), stored.reshape(shape), probes, estimate)
-        )
+        parts.append(_compare_best(reference, stored, probes))
+        for t in by_temperature:
+            masses = np.array(head.log_masses(means, t))
+            by_temperature[t].append(_compare(reference, stored, probes, masses, t))
         step()
-    recall, agreement, mass, *terms = (np.concatenate(p) for p in zip(*parts))
-    return Fidelity(recall, agreement, mass, tuple(terms))
+    at = {}
+    for t, found in by_temperature.items():
+        mass, variation, equal, *terms = (np.concatenate(p) for p in zip(*found))
+        at[t] = Distribution(mass, variation, tuple(terms), equal)
+    recall, agreement = (np.concatenate(p) for p in zip(*parts))
+    return Fidelity(recall, agreement, at)
 
 
 def n_blocks(head: FlashHead, n_states: int) -> int:
@@ -112,33 +153,49 @@ def n_blocks(head: FlashHead, n_states: int) -> int:
     return len(list(blocks(n_states, head.n_clusters * head.cluster_size)))
 
 
-def _compare(reference, stored, probes, estimate):
-    """Both logits ``[n, C, m]``, probes ``[n, p]``, estimates ``[n, C]``; see
-    :class:`Fidelity`. What can be is summed by cluster first."""
-    n, c, m = reference.shape
+def _compare_best(reference, stored, probes):
+    """Recall and agreement; both logits ``[n, C, m]``, probes ``[n, p]``."""
+    n, _, m = reference.shape
     rows = np.arange(n)
     best = reference.reshape(n, -1).argmax(-1)
-    probed = np.zeros((n, c), bool)
-    np.put_along_axis(probed, probes, True, axis=1)
     candidates = np.take_along_axis(stored, probes[..., None], axis=1)
     choice = candidates.reshape(n, -1).argmax(-1)
     chosen = probes[rows, choice // m] * m + choice % m
+    return (probes == (best // m)[:, None]).any(-1), chosen == best
 
-    shift = reference.max((1, 2)).astype(np.float64)
-    p = np.exp(reference - shift[:, None, None].astype(np.float32))
+
+def _compare(reference, stored, probes, masses, temperature: float):
+    """Both logits ``[n, C, m]``, probes ``[n, p]``, estimated log-masses ``[n, C]``;
+    see :class:`Distribution`. What can be is summed by cluster first."""
+    n, c, m = reference.shape
+    if temperature != 1:
+        reference, stored = reference / temperature, stored / temperature
+    probed = np.zeros((n, c), bool)
+    np.put_along_axis(probed, probes, True, axis=1)
+    shift = reference.max((1, 2))
+    p = np.exp(reference - shift[:, None, None])
     cluster_p = p.sum(-1).astype(np.float64)
     total = cluster_p.sum(-1)
-    probed_p = np.take_along_axis(p, probes[..., None], axis=1)
     mass = np.sum(cluster_p, -1, where=probed) / total
-    # Sum of p log p, less the sum of p q over probed tokens and over the others.
-    a = np.einsum("ncm,ncm->n", p, np.maximum(reference, -1e4))
-    a = a - np.einsum("npm,npm->n", probed_p, np.maximum(candidates, -1e4))
-    a = a - np.sum(cluster_p * estimate, -1, where=~probed)
+
+    # What lifts an unprobed cluster's own logits to its estimated mass.
+    top = stored.max(-1)
+    own = top + np.log(np.exp(stored - top[..., None]).sum(-1))
+    lift = np.where(probed, 0, masses - own)
+    log_probed = _logsumexp(np.where(probed, own, -np.inf))
+    log_tail = _logsumexp(np.where(probed, -np.inf, masses))
+    a = np.einsum("ncm,ncm->n", p, reference - stored) - np.sum(cluster_p * lift, -1)
     a = a / total - shift - np.log(total)
+
     sizes = (reference[0] > -1e29).sum(-1)
-    log_tail = _logsumexp(np.where(probed, -np.inf, estimate + np.log(sizes)))
-    log_probed = _logsumexp(candidates.reshape(n, -1))
-    return probed[rows, best // m], chosen == best, mass, a, log_probed, log_tail
+    expected = np.einsum("ncm,ncm->nc", p, np.maximum(stored, -1e4))
+    equal = np.sum(expected - cluster_p * (own - np.log(sizes)), -1, where=~probed)
+
+    log_z = np.logaddexp(log_probed, log_tail)
+    p /= total[:, None, None].astype(np.float32)
+    q = np.exp(stored + (lift - log_z[:, None]).astype(np.float32)[..., None])
+    variation = np.abs(p - q, out=q).sum((1, 2), dtype=np.float64) / 2
+    return mass, variation, equal / total, a, log_probed, log_tail
 
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:

@@ -11,9 +11,12 @@ tensor                    dtype and shape
                           ``rows.scales`` and ``rows.biases`` where quantized
 ``centroids.weight``      mean row of each cluster, ``[C, ...]``; likewise
 ``token_ids``             uint32 ``[C, m]``; ``vocab_size`` marks padding
-``spread``, ``excess``    float32 ``[C]``
+``spread``                float32 ``[C]``
+``excess``                float32 ``[n_temperatures, C]``
 ``bias``                  ``[C, m]``, only where the head has one
 ========================  =====================================================
+
+Version 1 had one temperature, 1, an ``excess [C]`` and a single ``tail_offset``.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from mlx.utils import tree_flatten
 from .head import FlashHead
 from .table import Table
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEAD_FILE = "flashhead.safetensors"
 CONFIG_KEY = "flashhead"
 
@@ -72,7 +75,8 @@ def describe(head: FlashHead, path: str, dense_sha256: str) -> dict[str, Any]:
         "n_clusters": head.n_clusters,
         "cluster_size": head.cluster_size,
         "n_probes": head.n_probes,
-        "tail_offset": head.tail_offset,
+        "temperatures": list(head.temperatures),
+        "tail_offset": list(head.tail_offset),
         "rows": _describe_table(head.rows),
         "centroids": _describe_table(head.centroids),
     }
@@ -100,7 +104,7 @@ def load_head(folder: str | Path, section: dict[str, Any]) -> FlashHead:
     """
     file = Path(folder) / HEAD_FILE
     version = section.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise FormatError(
             f"{folder}: FlashHead format version {version!r} is not known here; "
             "upgrade mlx-flashhead or convert the model again"
@@ -110,8 +114,13 @@ def load_head(folder: str | Path, section: dict[str, Any]) -> FlashHead:
             f"{file} is missing; convert the model again, or run it with --dense"
         )
     try:
+        if version == 1:
+            offset = section.get("tail_offset")
+            section = {**section, "temperatures": [1.0], "tail_offset": [offset]}
         _check_section(section)
         tensors = mx.load(str(file))
+        if version == 1 and "excess" in tensors:
+            tensors["excess"] = tensors["excess"][None]
         _check_tensors(tensors, section)
         return FlashHead(
             _read_table(tensors, "rows", section["rows"]),
@@ -121,7 +130,8 @@ def load_head(folder: str | Path, section: dict[str, Any]) -> FlashHead:
             spread=tensors["spread"],
             excess=tensors["excess"],
             bias=tensors.get("bias"),
-            tail_offset=float(section["tail_offset"]),
+            temperatures=section["temperatures"],
+            tail_offset=section["tail_offset"],
             n_probes=section["n_probes"],
         )
     except (FormatError, RuntimeError) as e:
@@ -136,9 +146,16 @@ def _check_section(section: dict[str, Any]) -> None:
     _require(0 <= c * m - v < m, f"{c} clusters of {m} do not hold {v} tokens")
     _require(section["n_probes"] <= c, f"n_probes is {section['n_probes']}")
     _require(isinstance(section.get("head_path"), str), "head_path is no name")
-    offset = section.get("tail_offset")
-    real = isinstance(offset, (int, float)) and math.isfinite(offset)
-    _require(real, f"tail_offset is {offset!r}")
+    for key in ("temperatures", "tail_offset"):
+        values = section.get(key)
+        real = isinstance(values, list) and all(map(_is_real, values))
+        _require(real and 1 <= len(values) <= 64, f"{key} is {values!r:.80}")
+    temperatures, offsets = section["temperatures"], section["tail_offset"]
+    _require(
+        min(temperatures) > 0 and sorted(set(temperatures))[::-1] == temperatures,
+        "temperatures do not fall",
+    )
+    _require(len(offsets) == len(temperatures), "tail_offset is not one each")
     for name in ("rows", "centroids"):
         spec = section.get(name)
         _require(isinstance(spec, dict), f"{name} has no description")
@@ -153,6 +170,11 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def _is_real(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
+
+
 def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise FormatError(otherwise)
@@ -164,7 +186,7 @@ def _check_tensors(tensors: dict[str, mx.array], section: dict[str, Any]) -> Non
     expected: dict[str, tuple[tuple[int, ...], Any]] = {
         "token_ids": ((c, m), mx.uint32),
         "spread": ((c,), mx.floating),
-        "excess": ((c,), mx.floating),
+        "excess": ((len(section["temperatures"]), c), mx.floating),
     }
     if "bias" in tensors:
         expected["bias"] = ((c, m), mx.floating)

@@ -11,17 +11,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import NamedTuple
+from contextlib import contextmanager
+from functools import partial
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from . import kernels
 from .table import Table
+from .transform import Transform
 
 # Added to the score of a cluster that is probed at every step. Finite, so that a
 # file never holds an infinity, and far above any score.
 ALWAYS = 1e30
+# Compiled steps and tables that are kept for settings that were used.
+_REMEMBERED = 32
 
 
 class Candidates(NamedTuple):
@@ -33,6 +39,21 @@ class Candidates(NamedTuple):
     """
 
     ids: mx.array
+    logits: mx.array
+
+
+class Retrieved(NamedTuple):
+    """What a decode step knows of its logits, before the model's own transform.
+
+    Attributes:
+        means (mx.array): Mean logit of each cluster, float32 ``[B, C]``.
+        probes (mx.array): Clusters that were scored, uint32 ``[B, q]``.
+        logits (mx.array): Exact logits of their rows, float32 ``[B, q * m]``;
+          ``-inf`` for padding.
+    """
+
+    means: mx.array
+    probes: mx.array
     logits: mx.array
 
 
@@ -51,10 +72,12 @@ class FlashHead(nn.Module):
         vocab_size (int): Number of tokens V.
         spread (mx.array): Added to a cluster's mean logit in the selection, float32
           ``[C]``: by how much its best row tends to exceed its mean.
-        excess (mx.array): By how much the log of the mean ``exp(logit)`` of a cluster
-          tends to exceed its mean logit, float32 ``[C]``, in nats.
-        tail_offset (float): Fitted correction of that for the clusters that are not
-          probed, in nats.
+        excess (mx.array): By how much the log of the mean ``exp(logit / T)`` of a
+          cluster tends to exceed its mean logit over T, float32
+          ``[n_temperatures, C]``, in nats.
+        temperatures (Sequence[float]): The temperatures T, falling.
+        tail_offset (Sequence[float]): At each T, the fitted correction of the excess
+          for the clusters that are not probed, in nats.
         n_probes (int): Clusters probed per step, p. It can be changed at any time.
         bias (mx.array, optional): Bias of each row, ``[C, m]``.
     """
@@ -68,7 +91,8 @@ class FlashHead(nn.Module):
         *,
         spread: mx.array,
         excess: mx.array,
-        tail_offset: float = 0.0,
+        temperatures: Sequence[float] = (1.0,),
+        tail_offset: Sequence[float] = (0.0,),
         n_probes: int | None = None,
         bias: mx.array | None = None,
     ):
@@ -80,7 +104,10 @@ class FlashHead(nn.Module):
         self.excess = excess
         if bias is not None:
             self.bias = bias
-        self.tail_offset = tail_offset
+        self.temperatures = tuple(temperatures)
+        self.tail_offset = tuple(tail_offset)
+        # What the model does to the logits; None if that is not known.
+        self.transform: Transform | None = Transform()
         self.vocab_size = vocab_size
         self.n_clusters, self.cluster_size = token_ids.shape
         if n_probes is None:
@@ -90,12 +117,17 @@ class FlashHead(nn.Module):
         flat = token_ids.reshape(-1)[:vocab_size]
         self._position = mx.zeros(vocab_size, mx.uint32)
         self._position[flat] = mx.arange(vocab_size, dtype=mx.uint32)
+        sizes = np.full(self.n_clusters, self.cluster_size)
+        sizes[-1] -= self.padding
+        self._log_sizes = mx.array(np.log(sizes), mx.float32)
         if bias is not None:
             real = token_ids < vocab_size
             total = mx.where(real, bias.astype(mx.float32), 0).sum(-1)
             self._mean_bias = total / real.sum(-1)
-        # Not a dict of its own: a module takes those for parameters.
+        # Not dicts of its own: a module takes those for parameters.
         object.__setattr__(self, "_compiled", {})
+        object.__setattr__(self, "_log_weights", {})
+        object.__setattr__(self, "_answer", None)
         self.freeze()
 
     @property
@@ -135,11 +167,13 @@ class FlashHead(nn.Module):
         batches for which retrieval would read more than the dense product, get
         exact logits.
         """
+        if self._answer is not None:
+            return self._answer(x)
         rows_in = math.prod(x.shape[:-1])
         one_each = x.ndim < 3 or x.shape[-2] == 1
-        if not one_each or self.rows_read(rows_in) >= self.vocab_size:
+        if not one_each or self.prefers_dense(rows_in):
             return self.dense(x).astype(x.dtype)
-        logits = self._fast(self._retrieve)(x.reshape(-1, x.shape[-1]))
+        logits = self.fast(FlashHead._retrieve)(x.reshape(-1, x.shape[-1]))
         return logits.astype(x.dtype).reshape(*x.shape[:-1], self.vocab_size)
 
     def rows_read(self, batch_size: int = 1) -> int:
@@ -165,10 +199,41 @@ class FlashHead(nn.Module):
             means = means + self._mean_bias
         return means
 
+    def log_weights(self, temperature: float) -> mx.array:
+        """What turns a cluster's mean logit over the temperature into the log of its
+        expected mass at that temperature, float32 ``[C]``, in nats. Linear in
+        ``1 / T`` between the temperatures of the fit and beyond them; at infinite T
+        nothing but the number of the cluster's tokens counts."""
+        key = (temperature, self.tail_offset)
+        if key not in self._log_weights:
+            if len(self._log_weights) >= _REMEMBERED:
+                self._log_weights.clear()
+            inverse = np.array([0, *(1 / t for t in self.temperatures)])
+            at = 1 / temperature
+            high = min(max(int(np.searchsorted(inverse, at)), 1), len(inverse) - 1)
+            share = (at - inverse[high - 1]) / (inverse[high] - inverse[high - 1])
+
+            def between(values):
+                below = values[high - 2] if high > 1 else 0
+                return (1 - share) * below + share * values[high - 1]
+
+            excess = np.array(self.excess.astype(mx.float32))
+            weights = between(excess) + between(self.tail_offset)
+            self._log_weights[key] = mx.array(weights, mx.float32) + self._log_sizes
+            mx.eval(self._log_weights[key])
+        return self._log_weights[key]
+
+    def log_masses(self, means: mx.array, temperature: float = 1.0) -> mx.array:
+        """Log of the expected ``sum(exp(logit / T))`` of each cluster, float32
+        ``[B, C]``, the logits being the model's; for ``means [B, C]``."""
+        means = (self.transform or Transform())(means)
+        return means / temperature + self.log_weights(temperature)
+
     def estimate(self, means: mx.array) -> mx.array:
         """Logit that stands for each token of a cluster that is not probed, float32
-        ``[B, C]``: with it the cluster has its expected mass."""
-        return means + (self.excess + self.tail_offset)
+        ``[B, C]``: with it the cluster has its expected mass at temperature 1."""
+        each = self.log_masses(means) - self._log_sizes
+        return (self.transform or Transform()).inverse(each)
 
     def select(self, means: mx.array) -> mx.array:
         """The clusters to probe, uint32 ``[B, p]``, ascending in each row; among equal
@@ -198,6 +263,39 @@ class FlashHead(nn.Module):
             y = y + self.bias[probes]
         return y
 
+    def best(self, x: mx.array, probes: mx.array) -> tuple[mx.array, mx.array]:
+        """The token with the largest logit among ``probes [B, p]``, uint32 ``[B]``, and
+        the logits of all, float32 ``[B, p * m]``."""
+        tokens = {"probes": probes, "token_ids": self.token_ids}
+        rows = self.rows
+        if not (rows.has_kernel and x.dtype == rows.dtype) or "bias" in self:
+            logits = self.score(x, probes).reshape(len(x), -1)
+            return kernels.greedy(logits, **tokens), logits
+        blocks = kernels.probe_logits_stats(
+            x,
+            rows.weight,
+            rows.get("scales"),
+            rows.get("biases"),
+            probes,
+            group_size=rows.group_size,
+            bits=rows.bits,
+            n_rows=self.vocab_size,
+        )
+        best = kernels.greedy(blocks.block_max, indices=blocks.block_argmax, **tokens)
+        return best, blocks.logits
+
+    def logits_of(self, x: mx.array, ids: mx.array) -> mx.array:
+        """Exact logits, float32 ``[B, n]``, of tokens ``ids [n]`` for ``x [B, D]``."""
+        rows = self.embed(ids).astype(mx.float32)
+        logits = x.astype(mx.float32) @ rows.T
+        if "bias" in self:
+            logits = logits + self.bias.reshape(-1)[self._position[ids]]
+        return logits
+
+    def position(self, ids: mx.array) -> mx.array:
+        """Where the rows of tokens stand, in cluster order, uint32."""
+        return self._position[ids]
+
     def candidates(self, x: mx.array) -> Candidates:
         """Ids and exact logits ``[..., p * m]`` of what is probed for ``x [..., D]``."""
         h = x.reshape(-1, x.shape[-1])
@@ -208,30 +306,63 @@ class FlashHead(nn.Module):
         )
 
     def embed(self, ids: mx.array) -> mx.array:
-        """Embeddings ``[*ids.shape, D]`` of a tied model, from the same rows."""
+        """Rows ``[*ids.shape, D]`` of tokens: the embeddings of a tied model."""
         flat = self.rows.map(lambda a: a.reshape(-1, a.shape[-1]))
         return flat.take(self._position[ids])
 
-    def _fast(self, function):
-        """``function`` compiled where that pays: on a GPU the kernels take less time
-        than building their graph anew each step would. On a CPU MLX would call a
-        C++ compiler for it."""
+    def prefers_dense(self, n_rows: int, sorts: bool = False) -> bool:
+        """Whether the dense product takes less time than retrieval for so many hidden
+        states at once; ``sorts``: if the vocabulary is to be sorted after it.
+
+        A rule from measurements (benchmarks/kernels.py, four shapes of models, NVIDIA
+        H200): on a GPU the dense product reads its rows once for all states, retrieval
+        for each; they broke even at 8 states, where retrieval read 0.55 of the rows.
+        Candidates are sorted so much faster than the vocabulary that retrieval still
+        took a quarter of the time at 32 states. On a CPU the time of both grows with
+        the states."""
         if mx.default_device().type != mx.DeviceType.gpu:
-            return function
-        key = (function.__name__, self.n_probes, kernels.kind())
+            return self.rows_read() >= self.vocab_size
+        return self.rows_read(n_rows) >= (2.5 if sorts else 0.55) * self.vocab_size
+
+    @contextmanager
+    def answering(self, answer: Callable[[mx.array], mx.array]) -> Iterator[None]:
+        """Context in which ``head(x)`` is ``answer(x)``."""
+        before = self._answer
+        object.__setattr__(self, "_answer", answer)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_answer", before)
+
+    def fast(self, function: Callable, *options) -> Callable:
+        """``function(self, *options, ...)`` as a function of arrays alone, compiled
+        where that pays: on a GPU the kernels take less time than building their graph
+        anew each step would. On a CPU MLX would call a C++ compiler for it.
+        ``options`` are hashable."""
+        self.log_weights(1.0)  # not while tracing
+        call = partial(function, self, *options)
+        if mx.default_device().type != mx.DeviceType.gpu:
+            return call
+        key = (function.__name__, options, self.n_probes, self.transform, kernels.kind())
         if key not in self._compiled:
-            self._compiled[key] = mx.compile(function, inputs=self)
+            if len(self._compiled) >= _REMEMBERED:
+                self._compiled.clear()
+            self._compiled[key] = mx.compile(call, inputs=self)
         return self._compiled[key]
 
-    def _retrieve(self, h: mx.array) -> mx.array:
-        """Logits, float32 ``[B, V]``: exact where probed, estimated elsewhere."""
-        means = self.mean_logits(h)
-        probes = self.select(means)
-        exact = self.score(h, probes)
+    def expand(self, found: Retrieved) -> mx.array:
+        """Logits, float32 ``[B, V]``: exact where scored, estimated elsewhere."""
+        means, probes, exact = found
         # In cluster order first; the positions then leave the padding out.
         logits = mx.repeat(self.estimate(means)[..., None], self.cluster_size, -1)
+        exact = exact.reshape(*probes.shape, self.cluster_size)
         logits = mx.put_along_axis(logits, probes[..., None], exact, axis=1)
-        return logits.reshape(h.shape[0], -1)[:, self._position]
+        return logits.reshape(means.shape[0], -1)[:, self._position]
+
+    def _retrieve(self, h: mx.array) -> mx.array:
+        means = self.mean_logits(h)
+        probes = self.select(means)
+        return self.expand(Retrieved(means, probes, self.score(h, probes)))
 
 
 class FlashEmbedding(nn.Module):

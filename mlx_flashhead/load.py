@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_lm import utils
 
-from .patch import patched
+from .patch import patch_decoding, patched
 
 
 def load(
@@ -19,7 +19,9 @@ def load(
 ):
     """Load a converted model and its tokenizer, like :func:`mlx_lm.load`.
 
-    On a CPU back-end the model computes in float32.
+    mlx-lm's decoding functions draw among its candidates from then on, as after
+    :func:`mlx_flashhead.patch_decoding`; other models they treat as before. On a CPU
+    back-end the model computes in float32.
 
     Args:
         path_or_hf_repo: A converted folder, or the Hugging Face id of one. A model
@@ -37,5 +39,7 @@ def load(
         FileNotFoundError: There is no model there.
     """
     with patched(n_probes=n_probes, dense=dense):
-        return utils.load(str(path_or_hf_repo), **kwargs)
+        loaded = utils.load(str(path_or_hf_repo), **kwargs)
+    patch_decoding()
+    return loaded
 

@@ -1,27 +1,40 @@
-"""Teach mlx-lm to open folders that have a FlashHead.
+"""Teach mlx-lm about FlashHead: to open folders that have one, and to decode with it.
 
 Every loader of mlx-lm goes through ``mlx_lm.utils.load_model``. Patched, it puts the
-FlashHead in place before anything of the dense head is read from disk.
+FlashHead in place before anything of the dense head is read from disk. All decoding of
+mlx-lm goes through ``generate_step``, ``speculative_generate_step`` and
+``GenerationBatch._step``. Patched, they draw tokens among a FlashHead's candidates;
+models without one they leave to mlx-lm.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import os
+import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 from mlx_lm import utils
 
+from . import decode, samplers
 from .attach import HeadNotFound, attach
 from .files import CONFIG_KEY, HEAD_FILE, FormatError, head_config, load_head
 
-_stock_load_model = None
+# Not "from mlx_lm import generate": that name is a function's.
+_generate = importlib.import_module("mlx_lm.generate")
 
+# Object, attribute and value before, of what was replaced: to load, and to decode.
+_loading: list[tuple[Any, str, Any]] = []
+_decoding: list[tuple[Any, str, Any]] = []
+# Arguments of the patch that is on.
+_options: dict[str, Any] | None = None
 
 class PatchError(RuntimeError):
     """The installed mlx-lm is not one that this package knows."""
@@ -53,27 +66,23 @@ def for_device(model: nn.Module) -> nn.Module:
 
 
 def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
-    """Make ``mlx_lm.load``, and so ``generate`` and ``stream_generate``, use the
-    FlashHead of folders that have one. Other models load as before.
+    """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
+    decoding (``generate``, ``stream_generate``, ``batch_generate``, the server, ...)
+    draw among its candidates. Other models load and decode as before. The order of
+    imports does not matter.
 
     Args:
         n_probes: Clusters probed per decoded token, instead of the stored number.
         dense: Keep the dense head; the rest is as with a FlashHead.
 
     Raises:
-        PatchError: ``mlx_lm.utils.load_model`` is not as expected.
+        PatchError: The installed mlx-lm is not as expected. Nothing is changed then.
     """
-    global _stock_load_model
+    global _options
     unpatch()
+    patch_decoding()
+    _options = {"n_probes": n_probes, "dense": dense}
     stock = utils.load_model
-    expected = ["model_path", "lazy", "strict", "model_config"]
-    if list(inspect.signature(stock).parameters)[:4] != expected:
-        import mlx_lm
-
-        raise PatchError(
-            f"mlx-lm {mlx_lm.__version__} is not supported: load_model has changed; "
-            "install a version that mlx-flashhead names in its requirements"
-        )
 
     @functools.wraps(stock)
     def load_model(model_path: Path, lazy: bool = False, *args: Any, **kwargs: Any):
@@ -84,36 +93,122 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
             for_device(model)
         if not lazy:
             mx.eval(model.parameters())
+        _patch_evaluate()
         return model, config
 
-    _stock_load_model = stock
-    utils.load_model = load_model
+    _replace(_loading, utils, "load_model", load_model)
     # The file's name keeps it out of stock mlx-lm's sight, downloads included.
-    utils.DEFAULT_ALLOW_PATTERNS.append(HEAD_FILE)
+    patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
+    _replace(_loading, utils, "DEFAULT_ALLOW_PATTERNS", patterns)
+
+
+def patch_decoding() -> None:
+    """The part of :func:`patch` that concerns models which are loaded already.
+
+    Raises:
+        PatchError: The installed mlx-lm is not as expected. Nothing is changed then.
+    """
+    if _decoding:
+        return
+    check()
+    for owner, name, wrap in (
+        (_generate, "generate_step", decode.generate_step),
+        (_generate, "speculative_generate_step", decode.speculative_generate_step),
+        (_generate.GenerationBatch, "_step", decode.batch_step),
+    ):
+        _replace(_decoding, owner, name, wrap(getattr(owner, name)))
+
+
+def _replace(where: list, owner: Any, name: str, value: Any) -> None:
+    where.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
+
+
+def _patch_evaluate() -> None:
+    """mlx_lm.evaluate scores given text: with the dense head. It needs a package of its
+    own, so it is patched only once it is there."""
+    model = getattr(sys.modules.get("mlx_lm.evaluate"), "MLXLM", None)
+    if model is None or any(owner is model for owner, *_ in _loading):
+        return
+    for name in ("_process_prompt", "_score_fn"):
+        _replace(_loading, model, name, decode.exact(getattr(model, name)))
+
+
+# The functions that are replaced, and what is relied on: parameters that each has to
+# have, first and in this order, and names that its code has to mention.
+_KNOWN: list[tuple[Callable[[], Any], list[str], set[str]]] = [
+    (
+        lambda: utils.load_model,
+        ["model_path", "lazy", "strict", "model_config"],
+        set(),
+    ),
+    (
+        lambda: _generate.generate_step,
+        ["prompt", "model", "stream", "max_tokens", "sampler", "logits_processors"],
+        set(),
+    ),
+    (
+        lambda: _generate.speculative_generate_step,
+        ["prompt", "model", "draft_model", "stream", "num_draft_tokens", "max_tokens"]
+        + ["sampler", "logits_processors"],
+        set(),
+    ),
+    (
+        lambda: _generate.GenerationBatch._step,
+        ["self"],
+        {"_current_tokens", "_next_tokens", "_current_logprobs", "_next_logprobs"}
+        | {"_token_context", "update_and_fetch", "fallback_sampler", "samplers"}
+        | {"logits_processors", "prompt_cache", "tokens", "uids", "model"},
+    ),
+]
+
+
+def check() -> None:
+    """Raise PatchError unless the installed mlx-lm has the functions that are replaced,
+    as they are known here."""
+
+    def refuse(what: str) -> PatchError:
+        return PatchError(
+            f"mlx-lm {mlx_lm.__version__} is not supported: {what}; "
+            "install a version that mlx-flashhead names in its requirements"
+        )
+
+    for find, parameters, names in _KNOWN:
+        try:
+            function = find()
+        except AttributeError as e:
+            raise refuse(str(e)) from None
+        found = list(inspect.signature(function).parameters)
+        code = getattr(function, "__code__", None)
+        missing = names - set(code.co_names if code else ())
+        if found[: len(parameters)] != parameters or missing:
+            raise refuse(f"{function.__qualname__} has changed")
+    try:
+        samplers.check()
+    except (ValueError, TypeError, AttributeError) as e:
+        raise refuse(str(e)) from None
 
 
 def unpatch() -> None:
     """Undo :func:`patch`."""
-    global _stock_load_model
-    if _stock_load_model is not None:
-        utils.load_model = _stock_load_model
-        utils.DEFAULT_ALLOW_PATTERNS.remove(HEAD_FILE)
-        _stock_load_model = None
+    global _options
+    _options = None
+    for where in (_loading, _decoding):
+        while where:
+            owner, name, before = where.pop()
+            setattr(owner, name, before)
 
 
 @contextlib.contextmanager
 def patched(*, n_probes: int | None = None, dense: bool = False) -> Iterator[None]:
     """:func:`patch` for the length of a ``with`` block."""
-    before = utils.load_model, list(utils.DEFAULT_ALLOW_PATTERNS), _stock_load_model
+    options, decoding = _options, bool(_decoding)
     patch(n_probes=n_probes, dense=dense)
     try:
         yield
     finally:
-        _restore(*before)
-
-
-def _restore(load_model, patterns, stock) -> None:
-    global _stock_load_model
-    utils.load_model = load_model
-    utils.DEFAULT_ALLOW_PATTERNS[:] = patterns
-    _stock_load_model = stock
+        unpatch()
+        if options is not None:
+            patch(**options)
+        elif decoding:
+            patch_decoding()

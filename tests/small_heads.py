@@ -81,8 +81,8 @@ def make_head(
         mx.array(token_ids.reshape(c, -1).astype(np.uint32)),
         vocab_size,
         spread=mx.array(rng.gamma(2, 2, c).astype(np.float32)),
-        excess=mx.array(rng.gamma(2, 1, c).astype(np.float32)),
-        tail_offset=0.25,
+        excess=mx.array(rng.gamma(2, 1, (1, c)).astype(np.float32)),
+        tail_offset=(0.25,),
         n_probes=n_probes,
         **extra,
     )
@@ -117,7 +117,7 @@ def expected(head: FlashHead, x: np.ndarray) -> Expected:
     vocab_size, p = head.vocab_size, head.n_probes
     token_ids = np.array(head.token_ids)
     rows, centroids = unpack(head.rows), unpack(head.centroids)
-    spread, excess = (np.array(a, np.float64) for a in (head.spread, head.excess))
+    spread, excess = (np.array(a, np.float64) for a in (head.spread, head.excess[0]))
     n_clusters, m = token_ids.shape
     bias = np.zeros((n_clusters, m))
     if "bias" in head:
@@ -137,11 +137,33 @@ def expected(head: FlashHead, x: np.ndarray) -> Expected:
     probes = [set(row[:p].tolist()) for row in ranked]
     cluster_of = np.empty(vocab_size, int)
     cluster_of[token_ids[real]] = np.nonzero(real)[0]
-    logits = (means + excess + head.tail_offset)[:, cluster_of]
+    logits = (means + excess + head.tail_offset[0])[:, cluster_of]
     for b, chosen in enumerate(probes):
         exact = np.isin(cluster_of, list(chosen))
         logits[b, exact] = dense[b, exact]
     return Expected(dense, means, probes, ordered[:, p - 1] - last, logits)
+
+
+def implied(head: FlashHead, x: np.ndarray, temperature: float) -> np.ndarray:
+    """The distribution ``[B, V]`` that sampling at a temperature is to have, in float64:
+    exact where probed, expected masses elsewhere, exact again within a cluster."""
+    want = expected(head, x)
+    token_ids = np.array(head.token_ids)
+    sizes = (token_ids < head.vocab_size).sum(1)
+    inverse = [0.0, *(1 / t for t in head.temperatures)]
+    curves = np.array(head.excess, np.float64) + np.array(head.tail_offset)[:, None]
+    curves = np.vstack([np.zeros(len(token_ids)), curves]).T
+    f = head.transform
+    lacking = [np.interp(1 / temperature, inverse, curve) for curve in curves]
+    masses = f(want.means) / temperature + np.array(lacking) + np.log(sizes)
+    logits = f(want.dense) / temperature
+    for b, probes in enumerate(want.probes):
+        for c in set(range(len(token_ids))) - probes:
+            members = token_ids[c][token_ids[c] < head.vocab_size]
+            own = np.logaddexp.reduce(logits[b, members])
+            logits[b, members] += masses[b, c] - own
+    logits -= np.logaddexp.reduce(logits, axis=1)[:, None]
+    return np.exp(logits)
 
 
 def random_states(n: int, d: int = 64, seed: int = 100) -> np.ndarray:

@@ -57,7 +57,7 @@ def identity_head(table: Table, cluster_size: int = 8) -> FlashHead:
         ids.reshape(c, cluster_size),
         len(rows),
         spread=mx.zeros(c),
-        excess=mx.zeros(c),
+        excess=mx.zeros((1, c)),
         n_probes=c,
     )
 

@@ -7,7 +7,7 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from small_heads import unpack
+from small_heads import implied, unpack
 
 from mlx_flashhead import FlashHead
 from mlx_flashhead.convert import calibrate, pack
@@ -119,14 +119,17 @@ def test_bonus_is_mean_plus_deviation_of_the_best_logit_over_the_score(case):
             np.testing.assert_allclose(spread[c], above.mean() + above.std(), rtol=1e-3)
 
 
-def test_excess_is_the_mean_log_mass_over_the_score(case):
-    head = case.head()
+@pytest.mark.parametrize("i", range(len(pack.TEMPERATURES)))
+def test_excess_is_the_mean_log_mass_over_the_score(case, i):
+    head, t = case.head(), pack.TEMPERATURES[i]
+    assert head.temperatures[i] == t
     some = case.states[:: pack.MASS_STRIDE]
-    logits, scores = case.logits(some), case.scores(head, some)
+    logits, scores = case.logits(some) / t, case.scores(head, some) / t
     for c, members in enumerate(case.members()):
-        mass = np.log(np.exp(logits[:, members]).mean(1))
+        best = logits[:, members].max(1)
+        mass = best + np.log(np.exp(logits[:, members] - best[:, None]).mean(1))
         wanted = (mass - scores[:, c]).mean()
-        np.testing.assert_allclose(np.array(head.excess)[c], wanted, atol=2e-3)
+        np.testing.assert_allclose(np.array(head.excess)[i, c], wanted, atol=2e-3 / t)
 
 
 def test_the_paper_has_no_bonus(case):
@@ -187,8 +190,29 @@ def test_measure_equals_a_naive_comparison(case):
     agreement = one_by_one(head, case.fresh, choices) == best
     assert np.array_equal(found.agreement, agreement)
     kl = one_by_one(head, case.fresh, lambda h, x: naive_kl(case, h, x))
-    np.testing.assert_allclose(found.kl(head.tail_offset), kl, atol=1e-4)
+    mine = found.kl() + found.at[1.0].equal_shares
+    np.testing.assert_allclose(mine, kl, atol=1e-4)
     assert (kl > -1e-6).all()
+
+
+@pytest.mark.parametrize("temperature", [0.4, 0.9, 1.0, 1.7])
+def test_measure_knows_the_distribution_that_sampling_implies(case, temperature):
+    head = case.head()
+    p = np.exp(log_softmax(case.logits(case.fresh) / temperature))
+    q = implied(head, case.fresh, temperature)
+    np.testing.assert_allclose(q.sum(1), 1, atol=1e-6)
+    found = measure(
+        head,
+        case.weight,
+        case.fresh,
+        bias=case.bias,
+        temperatures=(temperature, 1.0),
+    ).at[temperature]
+    kl = (p * np.log(p / q)).sum(1)
+    np.testing.assert_allclose(found.kl(), kl, atol=2e-4)
+    np.testing.assert_allclose(
+        found.total_variation, np.abs(p - q).sum(1) / 2, atol=1e-4
+    )
 
 
 def test_measure_does_not_depend_on_blocks(case, monkeypatch):
@@ -203,23 +227,30 @@ def test_measure_does_not_depend_on_blocks(case, monkeypatch):
     )
     assert len(steps) == n_blocks(head, len(case.fresh)) == 9
     assert np.array_equal(whole.recall, parts.recall)
-    np.testing.assert_allclose(whole.kl(0.3), parts.kl(0.3), atol=1e-5)
+    np.testing.assert_allclose(whole.kl(), parts.kl(), atol=1e-5)
 
 
-def test_the_tail_offset_has_the_least_divergence(case):
+@pytest.mark.parametrize("temperature", [0.55, 1.0, 1.4])
+def test_the_tail_offset_has_the_least_divergence(case, temperature):
     head = case.head()
-    found = measure(head, case.weight, case.states, bias=case.bias)
-    best = found.fit_tail_offset()
+    i = pack.TEMPERATURES.index(temperature)
+    fitted = head.tail_offset
+    temperatures = {"temperatures": (temperature, 1.0), "bias": case.bias}
+
+    def at(states):
+        return measure(head, case.weight, states, **temperatures).at[temperature]
+
+    head.tail_offset = (0.0,) * len(fitted)
+    found = at(case.states)
+    best = found.fit_shift()
     grid = best + np.linspace(-2, 2, 401)
     divergences = [found.kl(b).mean() for b in grid]
     assert abs(grid[np.argmin(divergences)] - best) < 0.011
-    # The head really gives what the formula says, at other offsets too.
-    for offset in (best, best + 1):
-        head.tail_offset = offset
-        kl = one_by_one(head, case.fresh[:20], lambda h, x: naive_kl(case, h, x))
-        fresh = measure(head, case.weight, case.fresh[:20], bias=case.bias)
-        np.testing.assert_allclose(fresh.kl(offset), kl, atol=1e-4)
-    assert np.isclose(case.head().tail_offset, best, atol=0.5)
+    assert np.isclose(fitted[i], best, atol=0.5)
+    # An offset is a shift of the same size.
+    fresh = at(case.fresh[:20])
+    head.tail_offset = tuple(best + 1 if j == i else 0.0 for j in range(len(fitted)))
+    np.testing.assert_allclose(at(case.fresh[:20]).kl(), fresh.kl(best + 1), atol=1e-4)
 
 
 def test_probing_everything_is_the_dense_head():
@@ -228,8 +259,8 @@ def test_probing_everything_is_the_dense_head():
     found = measure(head, case.weight, case.fresh)
     assert found.recall.all() and found.agreement.all()
     np.testing.assert_allclose(found.probed_mass, 1, atol=1e-6)
-    np.testing.assert_allclose(found.kl(head.tail_offset), 0, atol=1e-5)
-    assert np.isfinite(head.tail_offset)
+    np.testing.assert_allclose(found.kl(), 0, atol=1e-5)
+    assert np.isfinite(head.tail_offset).all()
 
 
 def test_recipes_differ_where_they_should(case):

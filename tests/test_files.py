@@ -60,7 +60,7 @@ def test_a_head_comes_back_bit_for_bit(tmp_path, bits, centroid_bits, dtype, bia
     for name, value in saved.items():
         assert value.dtype == loaded[name].dtype
         assert mx.array_equal(value, loaded[name]), name
-    for name in ("vocab_size", "n_clusters", "cluster_size", "n_probes", "tail_offset"):
+    for name in ("vocab_size", "n_clusters", "cluster_size", "n_probes", "tail_offset", "temperatures"):
         assert getattr(head, name) == getattr(back, name)
     x = mx.array(random_states(3))
     assert mx.array_equal(head(x), back(x))
@@ -71,7 +71,7 @@ def test_a_head_comes_back_bit_for_bit(tmp_path, bits, centroid_bits, dtype, bia
 
 def test_the_config_describes_the_head(tmp_path):
     section = save(tmp_path, make_head(497, bits=6, centroid_bits=3).head)
-    assert section["format_version"] == FORMAT_VERSION == 1
+    assert section["format_version"] == FORMAT_VERSION == 2
     assert section["head_path"] == "lm_head"
     assert section["rows"] == {"bits": 6, "group_size": 32, "mode": "affine"}
     assert section["centroids"] == {"bits": 3, "group_size": 32, "mode": "affine"}
@@ -85,10 +85,25 @@ def test_the_file_is_plain_safetensors(tmp_path):
     with (tmp_path / HEAD_FILE).open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    assert header["__metadata__"]["flashhead_version"] == "1"
+    assert header["__metadata__"]["flashhead_version"] == "2"
     assert header["token_ids"]["dtype"] == "U32"
     assert header["rows.weight"]["shape"] == [63, 8, 16]
     assert header["spread"] == header["spread"] | {"dtype": "F32", "shape": [63]}
+
+
+def test_version_1_had_one_temperature(tmp_path):
+    head = make_head(497).head
+    section = save(tmp_path, head)
+    section |= {"format_version": 1, "tail_offset": head.tail_offset[0]}
+    del section["temperatures"]
+    tensors = mx.load(str(tmp_path / HEAD_FILE))
+    tensors["excess"] = tensors["excess"][0] + 0
+    mx.eval(tensors)
+    mx.save_safetensors(str(tmp_path / HEAD_FILE), tensors)
+    back = load_head(tmp_path, section)
+    x = mx.array(random_states(3))
+    assert mx.array_equal(head(x), back(x))
+    assert back.temperatures == (1.0,) and back.tail_offset == head.tail_offset
 
 
 def test_head_config(tmp_path):
@@ -242,6 +257,14 @@ def test_token_ids_that_are_no_permutation(folder):
         ("n_probes", 10_000),
         ("n_probes", None),
         ("tail_offset", "none"),
+        ("tail_offset", 0.5),
+        ("tail_offset", []),
+        ("tail_offset", [0.5]),
+        ("temperatures", [1.0]),
+        ("temperatures", None),
+        ("temperatures", [2.0, 1.4, 1.0, 0.75, 0.55, 0.4, 0.0]),
+        ("temperatures", [2.0, 1.4, 1.0, 1.0, 0.55, 0.4, 0.3]),
+        ("temperatures", [2.0, 1.4, 1.0, 0.75, 0.55, 0.4, float("nan")]),
         ("rows", None),
         ("rows", {"bits": 4, "group_size": 64, "mode": "affine"}),
         ("rows", {"bits": 16, "group_size": 0, "mode": "affine"}),

@@ -203,14 +203,24 @@ def test_prompts_go_dense():
     assert not mx.allclose(head(x[:, :1]), head.dense(x[:, :1]), atol=1e-2)
 
 
-def test_batches_that_would_read_more_than_all_rows_go_dense():
+def test_a_step_that_would_read_all_rows_goes_dense():
+    head = make_head(n_probes=54).head
+    x = mx.array(random_states(5))
+    assert head.rows_read() < 500 and not mx.array_equal(head(x), head.dense(x))
+    head.n_probes = 55
+    assert head.rows_read() >= 500 and mx.array_equal(head(x), head.dense(x))
+
+
+def test_on_a_gpu_large_batches_go_dense(monkeypatch):
     head = make_head(n_probes=3).head
-    largest = (500 - 1 - 63) // (3 * 8)
-    assert head.rows_read(largest) < 500 <= head.rows_read(largest + 1)
-    x = mx.array(random_states(largest + 1))
-    assert mx.array_equal(head(x), head.dense(x))
-    x = x[:largest]
-    assert not mx.allclose(head(x), head.dense(x), atol=1e-2)
+    assert not head.prefers_dense(10_000)
+    gpu = mx.Device(mx.gpu)
+    monkeypatch.setattr("mlx_flashhead.head.mx.default_device", lambda: gpu)
+    limits = {False: 0.55, True: 2.5}
+    for sorts, limit in limits.items():
+        dense = [head.prefers_dense(n, sorts) for n in range(1, 80)]
+        reads = [head.rows_read(n) / 500 >= limit for n in range(1, 80)]
+        assert dense == reads and 0 < sum(dense) < 79
 
 
 # ---------------------------------------------------------------------------

@@ -1,0 +1,342 @@
+"""mlx-lm's decoding functions, with tokens drawn among a FlashHead's candidates.
+
+mlx-lm's own functions stay in charge: caches, prompts, streams and stopping are theirs.
+They are given a stand-in for the model that has already drawn the token when they ask
+for logits, and a sampler that returns it. Where sampler or processors are not mlx-lm's,
+the functions run untouched, on logits over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from contextlib import closing
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Callable, Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .attach import flash_heads
+from .candidates import Drawn, draw, fits, full_logits, logprobs
+from .head import FlashHead
+from .samplers import Processor, Settings, read_processors, read_sampler
+
+# More positions at once than a draft has: a prompt.
+_LONGEST_DRAFT = 32
+
+
+@dataclass
+class Acceptance:
+    """Draft tokens of a speculative generation.
+
+    Attributes:
+        proposed: Tokens that the draft model made.
+        accepted: Those that the model agreed with.
+    """
+
+    proposed: int = 0
+    accepted: int = 0
+
+    @property
+    def rate(self) -> float:
+        return self.accepted / self.proposed if self.proposed else 0.0
+
+
+# Of the speculative generation that ran last in this process.
+last_acceptance = Acceptance()
+
+
+class Keys:
+    """Random keys, one after another, from a place that MLX's own generator chose: as
+    reproducible as that is by ``mx.random.seed``."""
+
+    def __init__(self):
+        self._start = None
+        self._n = 0
+
+    def next(self, settings: Settings) -> mx.array:
+        """A key for one draw; a greedy choice takes nothing from the generator."""
+        if settings.greedy:
+            return mx.zeros((2,), dtype=mx.uint32)
+        if self._start is None:
+            words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32)
+            self._start = words.tolist()
+        high, low = self._start
+        self._n += 1
+        return mx.array([high, (low + self._n) & 0xFFFFFFFF], dtype=mx.uint32)
+
+
+def head_of(model: Any) -> FlashHead | None:
+    """The FlashHead of a model that has one."""
+    heads = list(flash_heads(model)) if isinstance(model, nn.Module) else []
+    return heads[0] if len(heads) == 1 else None
+
+
+def hidden_state(
+    head: FlashHead, model: Callable, *args: Any, **kwargs: Any
+) -> mx.array | None:
+    """What the model's call gives its head, ``[B, L, D]``."""
+    seen: list[mx.array] = []
+
+    def answer(x: mx.array) -> mx.array:
+        seen.append(x)
+        return mx.zeros((*x.shape[:-1], 1), x.dtype)
+
+    with head.answering(answer):
+        model(*args, **kwargs)
+    return seen[-1] if seen else None
+
+
+def readable(
+    model: Any, sampler: Any, processors: Sequence[Any] | None
+) -> tuple[FlashHead, Settings, list[Processor]] | None:
+    """What a model's tokens are drawn with, if they can be drawn among candidates."""
+    head = head_of(model)
+    settings, known = read_sampler(sampler), read_processors(processors)
+    if head is None or settings is None or known is None:
+        return None
+    return (head, settings, known) if fits(head, settings) else None
+
+
+class _Turn:
+    """Links a stand-in's logits to the sampler's question for a token."""
+
+    def __init__(self, sampler: Callable[[mx.array], mx.array] | None):
+        self._theirs = sampler or (lambda x: mx.argmax(x, axis=-1))
+        self.model: _StandIn | None = None  # that was called last
+        self.drawn: Drawn | None = None  # for its logits
+        self.on_sample: Callable[[Drawn | None], None] = lambda drawn: None
+
+    def sampler(self, logits: mx.array) -> mx.array:
+        self.on_sample(self.drawn)
+        if self.drawn is None:
+            return self._theirs(logits)
+        return self.drawn.tokens[-logits.shape[0] :]
+
+
+class _StandIn:
+    """Stands in for a model: it draws the tokens, and its logits are zeros.
+
+    Args:
+        model: The model.
+        head: Its FlashHead; ``None`` leaves all to the model.
+        longest: Positions at once that are drawn; more are a prompt.
+    """
+
+    def __init__(
+        self,
+        turn: _Turn,
+        model: nn.Module,
+        head: FlashHead | None,
+        settings: Settings,
+        keys: Keys,
+        processors: Sequence[Processor] = (),
+        longest: int = 1,
+    ):
+        self._turn = turn
+        self._model = model
+        self._head = head
+        self._settings = settings
+        self._keys = keys
+        self._processors = processors
+        self._longest = longest
+        self._tokens: list[mx.array] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, inputs: mx.array, **kwargs: Any) -> mx.array:
+        self._turn.model, self._turn.drawn = self, None
+        if self._processors and inputs.size:
+            self._tokens = [mx.concatenate([*self._tokens, inputs[0]])]
+        n = inputs.shape[1]
+        if self._head is None or n > self._longest:
+            return self._model(inputs, **kwargs)
+        if n > 1 and self._head.prefers_dense(n, self._settings.sorts):
+            return self._model(inputs, **kwargs)
+        h = hidden_state(self._head, self._model, inputs, **kwargs)
+        self._turn.drawn = draw(
+            self._head,
+            self._settings,
+            h.reshape(-1, h.shape[-1]),
+            self._keys.next(self._settings),
+            self._processors if self._tokens else (),
+            *self._tokens,
+        )
+        return mx.zeros((*h.shape[:-1], 1))
+
+
+def generate_step(stock: Callable) -> Callable:
+    """mlx-lm's ``generate_step``, tokens drawn among candidates."""
+
+    @wraps(stock)
+    def generate_step(prompt, model, *args, **kwargs):
+        asked = kwargs.get("sampler"), kwargs.get("logits_processors")
+        found = readable(model, *asked)
+        if kwargs.get("input_embeddings") is not None:
+            found = None  # mlx-lm looks at the model's signature
+        if found is None or found[0].prefers_dense(1, found[1].sorts):
+            yield from stock(prompt, model, *args, **kwargs)
+            return
+        head, settings, processors = found
+        turn, drawn = _Turn(None), deque()
+        turn.on_sample = drawn.append
+        stand_in = _StandIn(turn, model, head, settings, Keys(), processors)
+        kwargs.update(sampler=turn.sampler, logits_processors=None)
+        steps = stock(prompt, stand_in, *args, **kwargs)
+        with closing(steps):
+            for token, _ in steps:
+                yield token, logprobs(head, drawn.popleft())[0]
+
+    return generate_step
+
+
+def speculative_generate_step(stock: Callable) -> Callable:
+    """mlx-lm's ``speculative_generate_step``, with tokens of the draft, the target or
+    both drawn among candidates. Logits processors leave it to mlx-lm."""
+
+    @wraps(stock)
+    def speculative_generate_step(prompt, model, draft_model, *args, **kwargs):
+        global last_acceptance
+        last_acceptance = count = Acceptance()
+        sampler, processors = kwargs.get("sampler"), kwargs.get("logits_processors")
+        turn, keys = _Turn(sampler), Keys()
+
+        def stand_in(model, longest):
+            found = None if processors else readable(model, sampler, None)
+            head, settings, _ = found or (None, Settings(), [])
+            return _StandIn(turn, model, head, settings, keys, (), longest)
+
+        target = stand_in(model, _LONGEST_DRAFT)
+        draft = stand_in(draft_model, 2)
+        verified: list[Drawn | None] = []
+
+        def on_sample(drawn):
+            if turn.model is draft:
+                count.proposed += 1
+            else:
+                verified[:] = [drawn, 0]
+
+        turn.on_sample = on_sample
+        kwargs["sampler"] = turn.sampler
+        steps = stock(prompt, target, draft, *args, **kwargs)
+        with closing(steps):
+            for token, plain, from_draft in steps:
+                drawn, n = verified
+                verified[1] += 1
+                count.accepted += from_draft
+                if drawn is not None:
+                    plain = logprobs(target._head, drawn)[n]
+                yield token, plain, from_draft
+
+    return speculative_generate_step
+
+
+def batch_step(stock: Callable) -> Callable:
+    """``GenerationBatch._step`` of mlx-lm: one token for each sequence of a batch, each
+    drawn as its request asks."""
+
+    @wraps(stock)
+    def _step(self):
+        if not hasattr(self, "_flash"):
+            self._flash = head_of(self.model), Keys()
+        head, keys = self._flash
+        requests = [_Request.read(self, e) for e in range(len(self.uids))]
+        if head is None or not requests or not _worthwhile(head, requests):
+            return stock(self)
+        self._current_tokens = inputs = self._next_tokens
+        self._current_logprobs = self._next_logprobs
+        h = hidden_state(head, self.model, inputs[:, None], cache=self.prompt_cache)
+        h = h[:, -1]
+        contexts = {}
+        for e, request in enumerate(requests):
+            if request.theirs:
+                context = self._token_context[e]
+                contexts[e] = context.update_and_fetch(inputs[e : e + 1])
+        tokens, lazy = _draw_batch(head, requests, h, keys, contexts)
+        self._next_tokens, self._next_logprobs = tokens, lazy
+        mx.async_eval(tokens, list(contexts.values()))
+        mx.eval(inputs)
+        inputs = inputs.tolist()
+        for sequence, token in zip(self.tokens, inputs):
+            sequence.append(token)
+        return inputs, self._current_logprobs
+
+    return _step
+
+
+@dataclass
+class _Request:
+    """How one sequence of a batch wants its tokens drawn; ``settings`` and
+    ``processors`` are ``None`` where they are not mlx-lm's own."""
+
+    sampler: Callable[[mx.array], mx.array]
+    theirs: Sequence[Callable[[mx.array, mx.array], mx.array]]
+    settings: Settings | None
+    processors: list[Processor] | None
+
+    @classmethod
+    def read(cls, batch: Any, e: int) -> _Request:
+        sampler = (batch.samplers or {e: None})[e] or batch.fallback_sampler
+        theirs = batch.logits_processors[e] or ()
+        return cls(sampler, theirs, read_sampler(sampler), read_processors(theirs))
+
+
+def _worthwhile(head: FlashHead, requests: list[_Request]) -> bool:
+    sorts = any(r.settings is not None and r.settings.sorts for r in requests)
+    return fits(head, Settings()) and not head.prefers_dense(len(requests), sorts)
+
+
+def _draw_batch(
+    head: FlashHead,
+    requests: list[_Request],
+    h: mx.array,
+    keys: Keys,
+    contexts: dict[int, mx.array],
+) -> tuple[mx.array, list[mx.array]]:
+    """Tokens ``[B]`` and lazy log-probabilities, a list of ``[V]``, for ``h [B, D]``:
+    at once for the sequences that agree in their settings and have no processors."""
+    groups: dict[Any, list[int]] = {}
+    for e, request in enumerate(requests):
+        simple = request.settings is not None and fits(head, request.settings)
+        groups.setdefault(
+            request.settings if simple and not request.theirs else e, []
+        ).append(e)
+    order, tokens, lazy = [], [], []
+    for name, rows in groups.items():
+        states = h if len(rows) == len(requests) else h[mx.array(rows)]
+        request = requests[rows[0]]
+        settings, processors = request.settings, request.processors
+        if settings is not None and processors is not None and fits(head, settings):
+            context = contexts.get(rows[0])
+            key = keys.next(settings)
+            drawn = draw(head, settings, states, key, processors, context)
+            tokens.append(drawn.tokens)
+            lazy += list(logprobs(head, drawn))
+        else:
+            logits = full_logits(head, states)
+            for processor in request.theirs:
+                logits = processor(contexts[rows[0]], logits)
+            logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            tokens.append(request.sampler(logits))
+            lazy += list(logits)
+        order += rows
+    back = sorted(range(len(order)), key=order.__getitem__)
+    drawn = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)[mx.array(back)]
+    return drawn, [lazy[i] for i in back]
+
+
+def exact(stock: Callable) -> Callable:
+    """A method of an object with a ``_model``, run with the dense head: scores of given
+    text are to be the model's own, whatever the length of its pieces."""
+
+    @wraps(stock)
+    def method(self, *args, **kwargs):
+        head = head_of(self._model)
+        if head is None:
+            return stock(self, *args, **kwargs)
+        with head.answering(lambda x: head.dense(x).astype(x.dtype)):
+            return stock(self, *args, **kwargs)
+
+    return method

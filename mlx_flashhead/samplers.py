@@ -1,0 +1,172 @@
+"""Read mlx-lm's samplers and logits processors: what they were made with.
+
+``mlx_lm.sample_utils`` makes functions. To decode among candidates, their settings are
+needed, and these are in the functions' closures: read from there, they are known no
+matter who imported what before the patch. What is not recognized to the letter is the
+user's own, and gets logits over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from types import FunctionType
+from typing import Any, Callable, Sequence
+
+import mlx.core as mx
+from mlx_lm import sample_utils
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of :func:`mlx_lm.sample_utils.make_sampler`, by its names."""
+
+    temp: float = 0.0
+    top_p: float = 0.0
+    min_p: float = 0.0
+    min_tokens_to_keep: int = 1
+    top_k: int = 0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    xtc_special_tokens: tuple[int, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temp == 0
+
+    @property
+    def sorts(self) -> bool:
+        """Whether mlx-lm would sort the vocabulary for it."""
+        return not self.greedy and (self.nucleus < 1 or self.top_k > 0)
+
+    @property
+    def nucleus(self) -> float:
+        """top_p, where it is one; else 1."""
+        return self.top_p if 0 < self.top_p < 1 else 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """``logit_bias``: ``values [n]`` are added to the logits of ``ids [n]``."""
+
+    ids: mx.array
+    values: mx.array
+
+
+@dataclass(frozen=True, eq=False)
+class Penalty:
+    """A penalty on the last ``context_size`` tokens; ``apply(tokens, logits)`` is
+    mlx-lm's processor, to which any numbering of the tokens is as good as another."""
+
+    context_size: int
+    apply: Callable[[mx.array, mx.array], mx.array]
+
+
+Processor = Bias | Penalty
+
+_PENALTIES = ("repetition", "presence", "frequency")
+_METHODS = {
+    ("top_p",): "apply_top_p",
+    ("min_p", "min_tokens_to_keep"): "apply_min_p",
+    ("xtc_probability", "xtc_special_tokens", "xtc_threshold"): "apply_xtc",
+    ("top_k",): "apply_top_k",
+}
+
+
+def _closure(function: Any, name: str) -> dict[str, Any] | None:
+    """Variables that a function of ``mlx_lm.sample_utils`` with this qualified name
+    has closed over; ``None`` if it is another function."""
+    if (
+        not isinstance(function, FunctionType)
+        or function.__module__ != sample_utils.__name__
+        or function.__qualname__ != name
+    ):
+        return None
+    cells = (cell.cell_contents for cell in function.__closure__ or ())
+    return dict(zip(function.__code__.co_freevars, cells))
+
+
+def read_sampler(sampler: Any) -> Settings | None:
+    """Settings of a sampler that ``make_sampler`` made, or of ``None``, which is
+    greedy; ``None`` for any other function."""
+    if sampler is None or sampler is getattr(sample_utils, "greedy_sampler", None):
+        return Settings()
+    found = _closure(sampler, "make_sampler.<locals>.sampler")
+    if found is None or set(found) != {"sampling_methods", "temp"}:
+        return None
+    settings: dict[str, Any] = {"temp": found["temp"]}
+    order = []
+    for method in found["sampling_methods"]:
+        given = _closure(method, "make_sampler.<locals>.<lambda>")
+        called = _METHODS.get(tuple(sorted(given or ())))
+        if called is None or called not in method.__code__.co_names:
+            return None
+        order.append(called)
+        settings.update(given)
+    if order != [m for m in _METHODS.values() if m in order]:
+        return None
+    settings["xtc_special_tokens"] = tuple(settings.get("xtc_special_tokens", ()))
+    return _checked(Settings(**settings))
+
+
+def _checked(settings: Settings) -> Settings | None:
+    """Settings that candidates are drawn with; others are left to mlx-lm, with what it
+    says of them."""
+    numbers = [getattr(settings, f.name) for f in fields(Settings)][:-1]
+    if not all(isinstance(n, (int, float)) for n in numbers):
+        return None
+    sane = (
+        1e-3 <= settings.temp <= 1e3
+        and 0 <= settings.min_p <= 1
+        and settings.min_tokens_to_keep >= 1
+        and isinstance(settings.min_tokens_to_keep, int)
+        and isinstance(settings.top_k, int)
+        and 0 <= settings.xtc_probability <= 1
+        and 0 <= settings.xtc_threshold <= 0.5
+    )
+    return settings if sane else None
+
+
+def read_processors(processors: Sequence[Any] | None) -> list[Processor] | None:
+    """The processors that ``make_logits_processors`` made, readable; ``None`` if one
+    is not of those."""
+    read: list[Processor] = []
+    for processor in processors or ():
+        one = _read_processor(processor)
+        if one is None:
+            return None
+        read.append(one)
+    return read
+
+
+def _read_processor(processor: Any) -> Processor | None:
+    name = "make_logits_processors.<locals>.logit_bias_processor"
+    found = _closure(processor, name)
+    if found is not None:
+        if set(found) != {"indices", "values"}:
+            return None
+        return Bias(found["indices"], found["values"])
+    for kind in _PENALTIES:
+        name = f"make_{kind}_penalty.<locals>.{kind}_penalty_processor"
+        found = _closure(processor, name)
+        if found is not None:
+            size = found.get("context_size")
+            if set(found) != {"penalty", "context_size"} or not isinstance(size, int):
+                return None
+            return Penalty(size, processor) if size > 0 else None
+    return None
+
+
+def check() -> None:
+    """Raise ValueError unless the installed mlx-lm's samplers can be read."""
+    asked = Settings(0.7, 0.9, 0.05, 2, 40, 0.3, 0.2, (1, 2))
+    given = {f.name: getattr(asked, f.name) for f in fields(Settings)}
+    given["xtc_special_tokens"] = [1, 2]
+    if read_sampler(sample_utils.make_sampler(**given)) != asked:
+        raise ValueError("make_sampler has changed")
+    if read_sampler(sample_utils.make_sampler()) != Settings():
+        raise ValueError("make_sampler has changed")
+    made = sample_utils.make_logits_processors({1: 2.0}, 1.1, 5, 0.1, 6, 0.2, 7)
+    read = read_processors(made)
+    sizes = [p.context_size for p in (read or []) if isinstance(p, Penalty)]
+    if sizes != [5, 6, 7] or not isinstance(read[0], Bias):
+        raise ValueError("make_logits_processors has changed")
