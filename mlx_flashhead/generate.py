@@ -16,7 +16,7 @@ from click.core import ParameterSource
 from mlx_lm.generate import main as mlx_lm_main
 from mlx_lm.generate import setup_arg_parser
 
-from . import demo_model
+from . import decode, demo_model
 from .blas import hint
 from .cli import one_line_errors
 from .patch import patched
@@ -99,6 +99,13 @@ def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> 
                 mlx_lm_main()
         finally:
             sys.argv = before
+        if ctx.params.get("draft_model") is not None:
+            found = decode.last_acceptance
+            click.echo(
+                f"Draft tokens accepted: {found.accepted} of {found.proposed} "
+                f"({found.rate:.0%})",
+                err=True,
+            )
 
 
 main = click.Command(

@@ -1,0 +1,97 @@
+"""``python -m mlx_flashhead.run mlx_lm.SOMETHING ...``: any mlx-lm command, patched."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+import click
+
+from .blas import hint
+from .cli import one_line_errors
+from .patch import patched
+
+_OPTIONS = [
+    click.Option(
+        ["--n-probes"],
+        type=click.IntRange(min=1),
+        help="Clusters probed per token; fewer are faster and less faithful."
+        "  [default: the converted number]",
+    ),
+    click.Option(["--dense"], is_flag=True, help="Use the dense head."),
+]
+
+
+def run(module: str, argv: list[str], **options: Any) -> None:
+    """Call ``main()`` of an mlx-lm module with these arguments, the patch on.
+
+    Imported, not run as a script: a script's functions would be copies of those that
+    the patch replaces.
+
+    Raises:
+        ValueError: There is no such command.
+    """
+    known = module.split(".")[0] == "mlx_lm" and importlib.util.find_spec(module)
+    main = getattr(importlib.import_module(module), "main", None) if known else None
+    if main is None:
+        raise ValueError(f"{module} is no command of mlx-lm; try mlx_lm.generate")
+    before = sys.argv
+    sys.argv = [module, *argv]
+    try:
+        with patched(**options):
+            main()
+    finally:
+        sys.argv = before
+
+
+def command(name: str, module: str | None, text: str) -> click.Command:
+    """A command that hands its arguments to an mlx-lm module, or to the one that its
+    first argument names."""
+
+    @click.pass_context
+    def callback(ctx: click.Context, /, words: tuple[str, ...], **options: Any) -> None:
+        target, argv = module, list(words)
+        if module is None:
+            target, argv = argv[0], argv[1:]
+        elif {"-h", "--help"} & set(argv):
+            click.echo(f"{ctx.get_help()}\n\n{module} takes:\n")
+            argv = ["--help"]
+        if message := hint():
+            click.echo(message, err=True)
+        with one_line_errors():
+            run(target, argv, **options)
+
+    return click.Command(
+        name,
+        callback=callback,
+        help=text,
+        # Theirs are not known here.
+        context_settings={
+            "ignore_unknown_options": True,
+            "allow_interspersed_args": module is not None,
+            "help_option_names": [] if module else ["-h", "--help"],
+        },
+        params=[
+            *_OPTIONS,
+            click.Argument(
+                ["words"],
+                nargs=-1,
+                required=module is None,
+                type=click.UNPROCESSED,
+                metavar="[OPTIONS OF MLX-LM]..." if module else "mlx_lm.COMMAND [ARGS]...",
+            ),
+        ],
+    )
+
+
+main = command(
+    "mlx_flashhead.run",
+    None,
+    "Run any command of mlx-lm with FlashHead: what follows is its name and its own "
+    "arguments, as in mlx_lm.chat --model FOLDER.",
+)
+
+if __name__ == "__main__":
+    main(prog_name="mlx_flashhead.run")
