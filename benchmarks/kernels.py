@@ -24,7 +24,10 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_flashhead import kernels
+from mlx_flashhead import candidates, kernels
+from mlx_flashhead.head import FlashHead
+from mlx_flashhead.samplers import Settings
+from mlx_flashhead.table import Table
 
 # vocab_size, hidden_size
 MODELS = {
@@ -116,7 +119,7 @@ def measure(
     C = V // m
     p = C // 16
     rows = mx.random.normal((V, D), scale=D**-0.5).astype(mx.bfloat16)
-    states = mx.random.normal((max(1, *batch_sizes), D)).astype(mx.bfloat16)
+    states = mx.random.normal((max([1, *batch_sizes]), D)).astype(mx.bfloat16)
     token_ids = mx.random.permutation(V).astype(mx.uint32).reshape(C, m)
     spread = mx.random.uniform(shape=(C,))
     centroids = mx.quantize(rows.reshape(C, m, D).mean(1), group_size=64, bits=4)
@@ -157,6 +160,20 @@ def measure(
 
         return step
 
+    def whole(settings):
+        """The package's own draw, tokens beyond the probed ones included."""
+        head = FlashHead(
+            Table(*(a.reshape(C, m, -1) for a in packed[8]), bits=8, group_size=64),
+            Table(*centroids, bits=4, group_size=64),
+            token_ids,
+            V,
+            spread=spread,
+            excess=mx.zeros((1, C)),
+            n_probes=p,
+        )
+        head.log_weights(1.0), head.log_weights(TEMPERATURE)
+        return lambda h, key: candidates._draw(head, settings, h, key)[0]
+
     def parts(h, key, last):
         """The kernels' step up to one of its launches."""
         got = scores(h)
@@ -175,6 +192,9 @@ def measure(
         name = ", top-p" if sampled else ""
         for bits in (16, 8, 4) if not sampled else (8,):
             timed[f"FlashHead {bits}-bit{name}"] = flash(bits, sampled)
+    nucleus = whole(Settings(temp=TEMPERATURE, top_p=TOP_P))
+    timed["FlashHead 8-bit, top-p, with tail"] = nucleus
+    timed["FlashHead 8-bit, top-k 40"] = whole(Settings(temp=TEMPERATURE, top_k=40))
     runs = []
 
     def add(name, function, batch_size=1, plain=False, **options):

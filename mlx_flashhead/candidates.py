@@ -169,7 +169,8 @@ def _find(head: FlashHead, settings: Settings, h: mx.array, key: mx.array):
         tail = mx.stack([tail, plain], axis=-1)
         probes = mx.concatenate([probes, cluster[:, None]], axis=-1)
     exact = head.score(h, probes).reshape(len(h), -1)
-    logits = head.transform(exact)
+    # A cap would make padding finite.
+    logits = mx.where(exact > -mx.inf, head.transform(exact), -mx.inf)
     n = head.n_probes * head.cluster_size
     rest = logits[:, n:] if has_tail else None
     return Retrieved(means, probes, exact), _Pool(logits[:, :n], rest, tail)
@@ -289,4 +290,9 @@ def _edited(head: FlashHead, probes, pool: _Pool, ids, logits) -> _Pool:
     stood = mx.put_along_axis(stood, at[None], mx.array(-mx.inf), axis=1)
     k = pool.logits.shape[1]
     candidates = mx.concatenate([stood[:, :k], logits], axis=1)
-    return _Pool(candidates, None if pool.rest is None else stood[:, k:n], pool.tail)
+    if pool.rest is None:
+        return _Pool(candidates, None, pool.tail)
+    rest = stood[:, k:n]
+    # Where nothing is left of the tail cluster, nothing is drawn there.
+    tail = mx.where(rest.max(axis=-1, keepdims=True) > -mx.inf, pool.tail, -mx.inf)
+    return _Pool(candidates, rest, tail)

@@ -279,7 +279,7 @@ class _Request:
     @classmethod
     def read(cls, batch: Any, e: int) -> _Request:
         sampler = (batch.samplers or {e: None})[e] or batch.fallback_sampler
-        theirs = batch.logits_processors[e] or ()
+        theirs = (batch.logits_processors or {e: None})[e] or ()
         return cls(sampler, theirs, read_sampler(sampler), read_processors(theirs))
 
 
@@ -328,15 +328,16 @@ def _draw_batch(
 
 
 def exact(stock: Callable) -> Callable:
-    """A method of an object with a ``_model``, run with the dense head: scores of given
-    text are to be the model's own, whatever the length of its pieces."""
+    """A function of a model, or a method of an object with a ``_model``, run with the
+    dense head: scores of given text are to be the model's own, whatever the length of
+    its pieces."""
 
     @wraps(stock)
-    def method(self, *args, **kwargs):
-        head = head_of(self._model)
+    def scored(first, *args, **kwargs):
+        head = head_of(getattr(first, "_model", first))
         if head is None:
-            return stock(self, *args, **kwargs)
+            return stock(first, *args, **kwargs)
         with head.answering(lambda x: head.dense(x).astype(x.dtype)):
-            return stock(self, *args, **kwargs)
+            return stock(first, *args, **kwargs)
 
-    return method
+    return scored

@@ -25,17 +25,18 @@ class Distribution:
 
     Attributes:
         probed_mass: The reference's probability of what was probed.
-        total_variation: ``sum |p - q| / 2`` between the reference p and FlashHead q.
         kl_terms: ``(a, log_probed, log_tail)``, from which :meth:`kl` follows at any
           shift of the estimated log-masses.
+        total_variation: ``sum |p - q| / 2`` between the reference p and FlashHead q.
         equal_shares: What KL would gain if each token of an unprobed cluster had an
-          equal share of its mass, as in the logits of ``head(x)``, in nats.
+          equal share of its mass, as in the logits of ``head(x)``, in nats. The last
+          two are ``None`` unless details were asked for.
     """
 
     probed_mass: np.ndarray
-    total_variation: np.ndarray
     kl_terms: tuple[np.ndarray, np.ndarray, np.ndarray]
-    equal_shares: np.ndarray
+    total_variation: np.ndarray | None = None
+    equal_shares: np.ndarray | None = None
 
     def kl(self, shift: float = 0.0) -> np.ndarray:
         """KL(reference || FlashHead) in nats, ``[n]``, were all estimated log-masses
@@ -94,6 +95,7 @@ def measure(
     *,
     bias: np.ndarray | None = None,
     temperatures: Sequence[float] = (1.0,),
+    details: bool = False,
     step: Callable[[], None] = lambda: None,
 ) -> Fidelity:
     """Compare a FlashHead with the dense head on hidden states.
@@ -104,6 +106,7 @@ def measure(
         states: float32 ``[n, D]``.
         bias: Bias of the reference, float32 ``[V]``.
         temperatures: Those at which the distributions are compared.
+        details: Whether to find what :class:`Distribution` has only then.
         step: Called after each block of :func:`n_blocks`.
     """
     c, m, d = head.n_clusters, head.cluster_size, head.hidden_size
@@ -138,12 +141,14 @@ def measure(
         parts.append(_compare_best(reference, stored, probes))
         for t in by_temperature:
             masses = np.array(head.log_masses(means, t))
-            by_temperature[t].append(_compare(reference, stored, probes, masses, t))
+            by_temperature[t].append(
+                _compare(reference, stored, probes, masses, t, details)
+            )
         step()
     at = {}
     for t, found in by_temperature.items():
-        mass, variation, equal, *terms = (np.concatenate(p) for p in zip(*found))
-        at[t] = Distribution(mass, variation, tuple(terms), equal)
+        mass, *rest = (np.concatenate(p) for p in zip(*found))
+        at[t] = Distribution(mass, tuple(rest[:3]), *rest[3:])
     recall, agreement = (np.concatenate(p) for p in zip(*parts))
     return Fidelity(recall, agreement, at)
 
@@ -164,7 +169,7 @@ def _compare_best(reference, stored, probes):
     return (probes == (best // m)[:, None]).any(-1), chosen == best
 
 
-def _compare(reference, stored, probes, masses, temperature: float):
+def _compare(reference, stored, probes, masses, temperature: float, details: bool):
     """Both logits ``[n, C, m]``, probes ``[n, p]``, estimated log-masses ``[n, C]``;
     see :class:`Distribution`. What can be is summed by cluster first."""
     n, c, m = reference.shape
@@ -173,29 +178,33 @@ def _compare(reference, stored, probes, masses, temperature: float):
     probed = np.zeros((n, c), bool)
     np.put_along_axis(probed, probes, True, axis=1)
     shift = reference.max((1, 2))
-    p = np.exp(reference - shift[:, None, None])
+    scratch = reference - shift[:, None, None]
+    p = np.exp(scratch)
     cluster_p = p.sum(-1).astype(np.float64)
     total = cluster_p.sum(-1)
     mass = np.sum(cluster_p, -1, where=probed) / total
 
     # What lifts an unprobed cluster's own logits to its estimated mass.
     top = stored.max(-1)
-    own = top + np.log(np.exp(stored - top[..., None]).sum(-1))
+    np.subtract(stored, top[..., None], out=scratch)
+    own = top + np.log(np.exp(scratch, out=scratch).sum(-1))
     lift = np.where(probed, 0, masses - own)
     log_probed = _logsumexp(np.where(probed, own, -np.inf))
     log_tail = _logsumexp(np.where(probed, -np.inf, masses))
-    a = np.einsum("ncm,ncm->n", p, reference - stored) - np.sum(cluster_p * lift, -1)
+    np.subtract(reference, stored, out=scratch)
+    a = np.einsum("ncm,ncm->n", p, scratch) - np.sum(cluster_p * lift, -1)
     a = a / total - shift - np.log(total)
+    if not details:
+        return mass, a, log_probed, log_tail
 
+    log_z = np.logaddexp(log_probed, log_tail)
+    q = np.exp(stored + (lift - log_z[:, None]).astype(np.float32)[..., None])
+    q -= p / total[:, None, None].astype(np.float32)
+    variation = np.abs(q, out=q).sum((1, 2), dtype=np.float64) / 2
     sizes = (reference[0] > -1e29).sum(-1)
     expected = np.einsum("ncm,ncm->nc", p, np.maximum(stored, -1e4))
     equal = np.sum(expected - cluster_p * (own - np.log(sizes)), -1, where=~probed)
-
-    log_z = np.logaddexp(log_probed, log_tail)
-    p /= total[:, None, None].astype(np.float32)
-    q = np.exp(stored + (lift - log_z[:, None]).astype(np.float32)[..., None])
-    variation = np.abs(p - q, out=q).sum((1, 2), dtype=np.float64) / 2
-    return mass, variation, equal / total, a, log_probed, log_tail
+    return mass, a, log_probed, log_tail, variation, equal / total
 
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:

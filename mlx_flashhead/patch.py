@@ -26,6 +26,7 @@ from mlx_lm import utils
 from . import decode, samplers
 from .attach import HeadNotFound, attach
 from .files import CONFIG_KEY, HEAD_FILE, FormatError, head_config, load_head
+from .head import FlashEmbedding, FlashHead
 
 # Not "from mlx_lm import generate": that name is a function's.
 _generate = importlib.import_module("mlx_lm.generate")
@@ -35,6 +36,8 @@ _loading: list[tuple[Any, str, Any]] = []
 _decoding: list[tuple[Any, str, Any]] = []
 # Arguments of the patch that is on.
 _options: dict[str, Any] | None = None
+_HEADS = (FlashHead, FlashEmbedding)
+
 
 class PatchError(RuntimeError):
     """The installed mlx-lm is not one that this package knows."""
@@ -93,13 +96,21 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
             for_device(model)
         if not lazy:
             mx.eval(model.parameters())
-        _patch_evaluate()
+        _patch_scoring()
         return model, config
 
     _replace(_loading, utils, "load_model", load_model)
     # The file's name keeps it out of stock mlx-lm's sight, downloads included.
     patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
     _replace(_loading, utils, "DEFAULT_ALLOW_PATTERNS", patterns)
+    load_adapters = utils.load_adapters
+
+    @functools.wraps(load_adapters)
+    def load_checked(model: nn.Module, adapter_path: str):
+        check_adapter(model, Path(adapter_path))
+        return load_adapters(model, adapter_path)
+
+    _replace(_loading, utils, "load_adapters", load_checked)
 
 
 def patch_decoding() -> None:
@@ -124,14 +135,38 @@ def _replace(where: list, owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _patch_evaluate() -> None:
-    """mlx_lm.evaluate scores given text: with the dense head. It needs a package of its
-    own, so it is patched only once it is there."""
-    model = getattr(sys.modules.get("mlx_lm.evaluate"), "MLXLM", None)
-    if model is None or any(owner is model for owner, *_ in _loading):
-        return
-    for name in ("_process_prompt", "_score_fn"):
-        _replace(_loading, model, name, decode.exact(getattr(model, name)))
+def _patch_scoring() -> None:
+    """mlx_lm.evaluate and mlx_lm.perplexity score given text: with the dense head. They
+    are patched only once they are there: evaluate needs a package of its own."""
+    for module, name in _SCORING:
+        owner = sys.modules.get(module)
+        *path, last = name.split(".")
+        for part in path:
+            owner = getattr(owner, part, None)
+        if not hasattr(owner, last) or any(e[:2] == (owner, last) for e in _loading):
+            continue
+        _replace(_loading, owner, last, decode.exact(getattr(owner, last)))
+
+
+_SCORING = (
+    ("mlx_lm.evaluate", "MLXLM._process_prompt"),
+    ("mlx_lm.evaluate", "MLXLM._score_fn"),
+    ("mlx_lm.perplexity", "eval_ppl"),
+)
+
+
+def check_adapter(model: nn.Module, adapter: Path) -> None:
+    """Raise ValueError for an adapter of the head, where that is a FlashHead: its rows
+    are clustered as they are."""
+    file = adapter / "adapters.safetensors"
+    heads = [name for name, m in model.named_modules() if isinstance(m, _HEADS)]
+    for head in heads if file.exists() else ():
+        if any(name.startswith(f"{head}.") for name in mx.load(str(file))):
+            raise ValueError(
+                f"the adapter {adapter} changes the head {head}, whose clusters are "
+                "fixed: fuse it with mlx_lm.fuse and convert the result, or load the "
+                "model with the dense head (dense=True, --dense)"
+            )
 
 
 # The functions that are replaced, and what is relied on: parameters that each has to
@@ -142,6 +177,7 @@ _KNOWN: list[tuple[Callable[[], Any], list[str], set[str]]] = [
         ["model_path", "lazy", "strict", "model_config"],
         set(),
     ),
+    (lambda: utils.load_adapters, ["model", "adapter_path"], set()),
     (
         lambda: _generate.generate_step,
         ["prompt", "model", "stream", "max_tokens", "sampler", "logits_processors"],

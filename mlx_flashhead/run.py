@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from typing import Any
 
@@ -31,10 +30,15 @@ def run(module: str, argv: list[str], **options: Any) -> None:
     the patch replaces.
 
     Raises:
-        ValueError: There is no such command.
+        ValueError: There is no such command, or it lacks a package.
     """
-    known = module.split(".")[0] == "mlx_lm" and importlib.util.find_spec(module)
-    main = getattr(importlib.import_module(module), "main", None) if known else None
+    main = None
+    if module.split(".")[0] == "mlx_lm":
+        try:
+            main = getattr(importlib.import_module(module), "main", None)
+        except ModuleNotFoundError as e:
+            if not (e.name or "").startswith("mlx_lm"):
+                raise ValueError(f"{module} needs a package: {e}") from None
     if main is None:
         raise ValueError(f"{module} is no command of mlx-lm; try mlx_lm.generate")
     before = sys.argv

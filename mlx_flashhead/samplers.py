@@ -74,10 +74,11 @@ _METHODS = {
 
 def _closure(function: Any, name: str) -> dict[str, Any] | None:
     """Variables that a function of ``mlx_lm.sample_utils`` with this qualified name
-    has closed over; ``None`` if it is another function."""
+    has closed over; ``None`` if it is another function, be it one with borrowed names
+    (``functools.wraps``)."""
     if (
         not isinstance(function, FunctionType)
-        or function.__module__ != sample_utils.__name__
+        or function.__globals__ is not vars(sample_utils)
         or function.__qualname__ != name
     ):
         return None
@@ -142,7 +143,7 @@ def _read_processor(processor: Any) -> Processor | None:
     name = "make_logits_processors.<locals>.logit_bias_processor"
     found = _closure(processor, name)
     if found is not None:
-        if set(found) != {"indices", "values"}:
+        if set(found) != {"indices", "values"} or min(found["indices"].tolist()) < 0:
             return None
         return Bias(found["indices"], found["values"])
     for kind in _PENALTIES:

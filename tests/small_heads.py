@@ -154,8 +154,12 @@ def implied(head: FlashHead, x: np.ndarray, temperature: float) -> np.ndarray:
     curves = np.array(head.excess, np.float64) + np.array(head.tail_offset)[:, None]
     curves = np.vstack([np.zeros(len(token_ids)), curves]).T
     f = head.transform
-    lacking = [np.interp(1 / temperature, inverse, curve) for curve in curves]
-    masses = f(want.means) / temperature + np.array(lacking) + np.log(sizes)
+    at = 1 / temperature
+    lacking = np.array([np.interp(at, inverse, curve) for curve in curves])
+    if at > inverse[-1]:
+        slopes = (curves[:, -1] - curves[:, -2]) / (inverse[-1] - inverse[-2])
+        lacking += slopes * (at - inverse[-1])
+    masses = f(want.means) / temperature + lacking + np.log(sizes)
     logits = f(want.dense) / temperature
     for b, probes in enumerate(want.probes):
         for c in set(range(len(token_ids))) - probes:

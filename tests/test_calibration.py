@@ -173,7 +173,7 @@ def test_measure_equals_a_naive_comparison(case):
     assert head.rows_read(2) < V
     logits = case.logits(case.fresh)
     best = logits.argmax(1)
-    found = measure(head, case.weight, case.fresh, bias=case.bias)
+    found = measure(head, case.weight, case.fresh, bias=case.bias, details=True)
     ids = np.array(head.candidates(mx.array(case.fresh)).ids)
     recall = (ids == best[:, None]).any(1)
     assert 0 < recall.mean() < 1
@@ -207,6 +207,7 @@ def test_measure_knows_the_distribution_that_sampling_implies(case, temperature)
         case.fresh,
         bias=case.bias,
         temperatures=(temperature, 1.0),
+        details=True,
     ).at[temperature]
     kl = (p * np.log(p / q)).sum(1)
     np.testing.assert_allclose(found.kl(), kl, atol=2e-4)

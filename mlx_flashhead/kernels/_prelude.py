@@ -93,17 +93,10 @@ inline uint simd_prefix_exclusive_sum(uint v) {
     + "FLASHHEAD_LOAD()\n"
 )
 
-# Threads of a group that handles a long row, and the longest row that such a group
-# keeps in registers, 32 values to a thread, rather than read it again in every pass.
-# Twice the threads would have half the registers each, too few for the same row.
-LARGE_GROUP = 512
-LONGEST_KEPT = 32 * LARGE_GROUP
-
-
-def group_size(n: int) -> int:
-    """Threads of the one group that handles a row of n values."""
-    return 256 if n <= 2048 else LARGE_GROUP if n <= LONGEST_KEPT else 2 * LARGE_GROUP
-
+# Threads of a group that handles a long row. Such a kernel reads its row again in every
+# pass rather than keep it in registers, of which so many threads have few (a loop that
+# is unrolled further than 4 would bring it there).
+LARGE_GROUP = 1024
 
 # One digit of a radix search: the bin in which a running count reaches a target.
 BINS = """

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from . import backend
-from ._prelude import TOKEN, group_size
+from ._prelude import LARGE_GROUP, TOKEN
 
 _SOURCE = """
     uint tid = thread_position_in_threadgroup.x;
@@ -145,7 +145,7 @@ def _launch(
     token_ids: mx.array | None,
 ) -> mx.array:
     B, K = values.shape
-    threads = group_size(K)
+    threads = LARGE_GROUP if K > 4096 else 256
     unused = backend.unused()
     template = [
         ("THREADS", threads),

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from . import backend
-from ._prelude import BINS, TOKEN, group_size
+from ._prelude import BINS, LARGE_GROUP, TOKEN
 from .greedy import check_tokens, to_tokens
 
 # Probabilities are integers. The distance of a logit from the largest, in powers of
@@ -29,7 +29,6 @@ _COARSE = 10
 
 _SOURCE = """
     constexpr int N = (K + THREADS - 1) / THREADS;
-    constexpr bool KEEP = N <= 32;
     uint tid = thread_position_in_threadgroup.x;
     uint lane = thread_index_in_simdgroup;
     uint group = simdgroup_index_in_threadgroup;
@@ -51,15 +50,11 @@ _SOURCE = """
     if (tid < 2) {
         words[tid] = random_word(key[0], key[1], 2 * row + tid, logits_shape[0]);
     }
-    float kept[KEEP ? N : 1];
     float top = -INFINITY;
-#pragma unroll (KEEP ? N : 4)
+#pragma unroll 4
     for (int j = 0; j < N; j++) {
         uint i = first + 32 * j;
         float value = i < K ? logit(logits, base + i) : -INFINITY;
-        if (KEEP) {
-            kept[KEEP ? j : 0] = value;
-        }
         top = value > top ? value : top;
     }
     top = simd_max(top);
@@ -73,11 +68,11 @@ _SOURCE = """
     bool tail_kept = TAIL && limit == ~0u && !TOP_K;
     if (TOP_P) {
         ulong sum = 0;
-#pragma unroll (KEEP ? N : 4)
+#pragma unroll 4
         for (int j = 0; j < N; j++) {
             uint i = first + 32 * j;
             if (i < K) {
-                float value = KEEP ? kept[KEEP ? j : 0] : logit(logits, base + i);
+                float value = logit(logits, base + i);
                 sum += exp2_negative(levels_below(top, value, LOG2E), 0);
             }
         }
@@ -106,11 +101,11 @@ _SOURCE = """
         for (int digit = 0; digit < 2; digit++) {
             clear_bins<THREADS>(bins, tid);
             threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll (KEEP ? N : 4)
+#pragma unroll 4
             for (int j = 0; j < N; j++) {
                 uint i = first + 32 * j;
                 if (i < K) {
-                    float value = KEEP ? kept[KEEP ? j : 0] : logit(logits, base + i);
+                    float value = logit(logits, base + i);
                     uint far = levels_below(top, value, LOG2E) >> COARSE;
                     // A candidate counts its share of the mass, in units of 2^-31,
                     // for top-p and itself for top-k.
@@ -137,11 +132,11 @@ _SOURCE = """
     // The mass of what is left, by simdgroup, each of which has a stretch of
     // candidates.
     ulong mass = 0;
-#pragma unroll (KEEP ? N : 4)
+#pragma unroll 4
     for (int j = 0; j < N; j++) {
         uint i = first + 32 * j;
         if (i < K) {
-            float value = KEEP ? kept[KEEP ? j : 0] : logit(logits, base + i);
+            float value = logit(logits, base + i);
             mass += candidate_mass(top, value, scale, limit);
         }
     }
@@ -481,7 +476,7 @@ def _launch(
     rules: tuple[bool, bool, bool],
 ) -> mx.array:
     B, K = logits.shape
-    threads = group_size(K)
+    threads = LARGE_GROUP if K > 2048 else 256
     unused = backend.unused()
     return _kernel(
         [

@@ -5,16 +5,13 @@ from functools import lru_cache
 import mlx.core as mx
 
 from . import backend
-from ._prelude import BINS, group_size
+from ._prelude import BINS, LARGE_GROUP
 
-# A radix select finds the p-th best score, then every simdgroup writes the chosen of
-# its own stretch of indices, ties in order of index until p are chosen. Digits are
-# those of an integer key that grows from the best score to the worst. Scores crowd
-# into few values of a key's first digit, and threads into few bins, so before it comes
-# a digit that divides the range of the scores evenly.
+# Scores become integer keys that grow from the best score to the worst. A radix
+# select finds the p-th key, then every simdgroup writes the chosen of its own
+# stretch of indices, ties in order of index until p are chosen.
 _SOURCE = """
     constexpr int N = (C + THREADS - 1) / THREADS;
-    constexpr bool KEEP = N <= 32;
     uint tid = thread_position_in_threadgroup.x;
     uint lane = thread_index_in_simdgroup;
     uint group = simdgroup_index_in_threadgroup;
@@ -26,69 +23,29 @@ _SOURCE = """
     threadgroup atomic_uint bins[BINS];
     threadgroup uint sums[64];
     threadgroup uint found[3];
-    threadgroup float ends[64];
-
-    float kept[KEEP ? N : 1];
-    float low = INFINITY;
-    float high = -INFINITY;
-#pragma unroll (KEEP ? N : 4)
-    for (int j = 0; j < N; j++) {
-        uint i = first + 32 * j;
-        float score = i < C ? cluster_score(scores, base + i, spread, i, SPREAD) : 0.0f;
-        if (KEEP) {
-            kept[KEEP ? j : 0] = score;
-        }
-        if (i < C && ordinary(score)) {
-            low = score < low ? score : low;
-            high = score > high ? score : high;
-        }
-    }
-    low = -simd_max(-low);
-    high = simd_max(high);
-    if (lane == 0) {
-        ends[group] = low;
-        ends[32 + group] = high;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    low = -simd_max(lane < THREADS / 32 ? -ends[lane] : -INFINITY);
-    high = simd_max(lane < THREADS / 32 ? ends[32 + lane] : -INFINITY);
-    float scale = float(BINS - 3) / (high - low);
-    scale = scale < 1e30f ? scale : 0.0f;  // one value, or none
 
     // The p-th smallest key, digit by digit. The keys before it are all chosen;
     // of those equal to it, as many as remain.
-    uint range = 0;
     uint cut = 0;
     uint remaining = n_probes;
-    for (int digit = 0; digit < 4; digit++) {
-        int shift = digit == 1 ? 21 : digit == 2 ? 10 : 0;
-        int width = digit == 3 ? 10 : 11;
+    for (int digit = 0; digit < 3; digit++) {
+        int shift = digit == 0 ? 21 : digit == 1 ? 10 : 0;
+        int width = digit == 2 ? 10 : 11;
         clear_bins<THREADS>(bins, tid);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll (KEEP ? N : 4)
+#pragma unroll 4
         for (int j = 0; j < N; j++) {
             uint i = first + 32 * j;
             if (i < C) {
-                float score = KEEP ? kept[KEEP ? j : 0]
-                    : cluster_score(scores, base + i, spread, i, SPREAD);
-                uint key = score_key(score);
-                uint bin = even_digit(score, high, scale);
-                bool in = digit == 0 || bin == range;
-                if (digit > 0) {
-                    in = in && (digit == 1 || key >> (shift + width) == cut);
-                    bin = (key >> shift) & ((1u << width) - 1);
-                }
-                if (in) {
+                uint key = score_key(scores, base + i, spread, i, SPREAD);
+                if (digit == 0 || key >> (shift + width) == cut) {
+                    uint bin = (key >> shift) & ((1u << width) - 1);
                     atomic_fetch_add_explicit(&bins[bin], 1u, memory_order_relaxed);
                 }
             }
         }
         find_bin<THREADS>(bins, sums, found, remaining, tid, lane, group);
-        if (digit == 0) {
-            range = found[0];
-        } else {
-            cut = cut << width | found[0];
-        }
+        cut = cut << width | found[0];
         remaining -= found[1];
     }
 
@@ -96,12 +53,11 @@ _SOURCE = """
     // stretch of indices.
     uint below = 0;
     uint equal = 0;
-#pragma unroll (KEEP ? N : 4)
+#pragma unroll 4
     for (int j = 0; j < N; j++) {
         uint i = first + 32 * j;
         if (i < C) {
-            uint key = score_key(KEEP ? kept[KEEP ? j : 0]
-                : cluster_score(scores, base + i, spread, i, SPREAD));
+            uint key = score_key(scores, base + i, spread, i, SPREAD);
             below += key < cut;
             equal += key == cut;
         }
@@ -116,13 +72,12 @@ _SOURCE = """
     below = simd_sum(lane < group ? sums[lane] : 0u);
     equal = simd_sum(lane < group ? sums[32 + lane] : 0u);
 
-#pragma unroll (KEEP ? N : 4)
+#pragma unroll 4
     for (int j = 0; j < N; j++) {
         uint i = first + 32 * j;
         uint key = ~0u;
         if (i < C) {
-            key = score_key(KEEP ? kept[KEEP ? j : 0]
-                : cluster_score(scores, base + i, spread, i, SPREAD));
+            key = score_key(scores, base + i, spread, i, SPREAD);
         }
         bool is_below = i < C && key < cut;
         bool is_equal = i < C && key == cut;
@@ -138,33 +93,19 @@ _SOURCE = """
 """
 
 _HEADER = """
-template <typename S, typename P>
-inline float cluster_score(S scores, size_t at, P spread, uint i, bool add) {
-    float score = load(scores, at);
-    return add ? score + load(spread, i) : score;
-}
-
 // 0 for the best score, growing towards the worst; NaN is the worst.
-inline uint score_key(float score) {
+template <typename S, typename P>
+inline uint score_key(S scores, size_t at, P spread, uint i, bool add) {
+    float score = load(scores, at);
+    if (add) {
+        score = score + load(spread, i);
+    }
     uint bits = as_type<uint>(score);
     if ((bits << 1) > 0xff000000u) {
         return ~0u;
     }
     bits = (bits << 1) == 0 ? 0 : bits;  // -0 equals 0
     return bits >> 31 ? bits : ~bits & 0x7fffffffu;
-}
-
-// Not infinite, NaN, or the score of a cluster that is probed at every step.
-inline bool ordinary(float score) {
-    return score > -1e29f && score < 1e29f;
-}
-
-// Falls as the score rises, if not strictly: a digit that may come before the key's.
-inline uint even_digit(float score, float high, float scale) {
-    if (!ordinary(score)) {
-        return score > 0.0f ? 0 : BINS - 1;
-    }
-    return 1 + min(uint((high - score) * scale), uint(BINS - 3));
 }
 """
 
@@ -237,7 +178,7 @@ def _sizes(n_probes: int) -> mx.array:
 
 def _launch(scores: mx.array, n_probes: int, spread: mx.array | None) -> mx.array:
     B, C = scores.shape
-    threads = group_size(C)
+    threads = LARGE_GROUP if C > 2048 else 256
     return _kernel(
         [scores, scores if spread is None else spread, _sizes(n_probes)],
         template=[("C", C), ("THREADS", threads), ("SPREAD", spread is not None)],
