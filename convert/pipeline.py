@@ -286,13 +286,18 @@ def build_head(
         progress=progress,
     )
     del directions
-    make = pack.mean_centroids if recipe.mean_centroids else pack.unit_centroids
+    if recipe.fitted_centroids:
+        centroids = pack.fitted_centroids(
+            clustering, weight, states.fit, bias=bias, progress=progress
+        )
+    else:
+        centroids = pack.unit_centroids(clustering, weight)
     with progress("Packing", 1) as step:
         head = pack.pack(
             clustering,
             table,
             weight,
-            make(clustering, weight),
+            centroids,
             bias=bias,
             head_bits=head_bits,
             centroid_bits=centroid_bits,

@@ -19,13 +19,14 @@ class Recipe:
 
     Attributes:
         hidden_state_metric: Cluster in the metric of calibration states.
-        mean_centroids: Centroids are means of the rows; else unit directions.
+        fitted_centroids: Centroids are fitted to the log-mass of their cluster; else they
+            are unit directions.
         spread: Add the calibrated bonus to a cluster's score.
         always: Keep clusters that are probed at every step.
     """
 
     hidden_state_metric: bool = True
-    mean_centroids: bool = True
+    fitted_centroids: bool = True
     spread: bool = True
     always: bool = True
 

@@ -9,7 +9,7 @@ tensor                    dtype and shape
 ========================  =====================================================
 ``rows.weight``           head rows in cluster order, ``[C, m, ...]``; with
                           ``rows.scales`` and ``rows.biases`` where quantized
-``centroids.weight``      mean row of each cluster, ``[C, ...]``; likewise
+``centroids.weight``      centroid of each cluster, ``[C, ...]``; likewise
 ``token_ids``             uint32 ``[C, m]``; ``vocab_size`` marks padding
 ``spread``                float32 ``[C]``
 ``excess``                float32 ``[n_temperatures, C]``

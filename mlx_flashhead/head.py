@@ -3,8 +3,8 @@
 FlashHead (arXiv 2603.14591) replaces the product of the hidden state with all V
 rows of the classification head by two small ones. Stage 1 scores the C centroids;
 stage 2 scores the m rows of each of the p best clusters exactly. Here a centroid is
-the mean of its rows, so stage 1 gives the exact mean logit of every cluster, and
-what is not probed keeps an estimate: each token of the vocabulary has a logit.
+fitted to the log-mass of its cluster, so stage 1 gives an estimate of every cluster's
+mass, and each token of the vocabulary has a logit.
 """
 
 from __future__ import annotations
@@ -66,14 +66,15 @@ class FlashHead(nn.Module):
 
     Args:
         rows (Table): The head's rows in cluster order, ``[C, m, D]``.
-        centroids (Table): Mean row of each cluster, ``[C, D]``.
+        centroids (Table): Centroid of each cluster, ``[C, D]``: its mean row, corrected
+          to predict its log-mass.
         token_ids (mx.array): Token of each row, uint32 ``[C, m]``; ``vocab_size``
           marks padding, which stands at the end of the last cluster.
         vocab_size (int): Number of tokens V.
-        spread (mx.array): Added to a cluster's mean logit in the selection, float32
-          ``[C]``: by how much its best row tends to exceed its mean.
+        spread (mx.array): Added to a centroid's logit in the selection, float32
+          ``[C]``: by how much the cluster's best row tends to exceed it.
         excess (mx.array): By how much the log of the mean ``exp(logit / T)`` of a
-          cluster tends to exceed its mean logit over T, float32
+          cluster tends to exceed its centroid's logit over T, float32
           ``[n_temperatures, C]``, in nats.
         temperatures (Sequence[float]): The temperatures T, falling.
         tail_offset (Sequence[float]): At each T, the fitted correction of the excess
@@ -193,14 +194,14 @@ class FlashHead(nn.Module):
         return y[..., self._position]
 
     def mean_logits(self, x: mx.array) -> mx.array:
-        """Mean logit of each cluster, float32 ``[B, C]``, for ``x [B, D]``."""
+        """Logit of each cluster's centroid, float32 ``[B, C]``, for ``x [B, D]``."""
         means = self.centroids.matmul(x).astype(mx.float32)
         if "bias" in self:
             means = means + self._mean_bias
         return means
 
     def log_weights(self, temperature: float) -> mx.array:
-        """What turns a cluster's mean logit over the temperature into the log of its
+        """What turns a centroid's logit over the temperature into the log of its cluster's
         expected mass at that temperature, float32 ``[C]``, in nats. Linear in
         ``1 / T`` between the temperatures of the fit and beyond them; at infinite T
         nothing but the number of the cluster's tokens counts."""

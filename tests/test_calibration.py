@@ -87,6 +87,35 @@ def test_the_centroid_gives_the_exact_mean_logit(bias):
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
+def test_fitted_centroids_are_the_ridge_regression_of_the_log_mass(case):
+    found = pack.fitted_centroids(
+        case.clusters, case.weight, case.states, bias=case.bias
+    )
+    mean = pack.mean_centroids(case.clusters, case.weight)
+    logits = case.logits(case.states)
+    x = case.states.astype(np.float64)
+    x = x - x.mean(0)
+    # The ridge as D more states, of the mean length and in all directions alike.
+    more = np.sqrt((x**2).sum(1).mean()) * np.eye(D)
+    for c, members in enumerate(case.members()):
+        mass = np.log(np.exp(logits[:, members]).sum(1))
+        lacking = mass - case.states @ mean[c]
+        target = np.r_[lacking - lacking.mean(), np.zeros(D)]
+        wanted = np.linalg.lstsq(np.r_[x, more], target, rcond=None)[0]
+        np.testing.assert_allclose(found[c] - mean[c], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_few_states_change_centroids_little(case, n):
+    found = pack.fitted_centroids(case.clusters, case.weight, case.states[:n])
+    mean = pack.mean_centroids(case.clusters, case.weight)
+    assert np.isfinite(found).all()
+    change = np.linalg.norm(found - mean, axis=1) / np.linalg.norm(mean, axis=1)
+    assert np.median(change) < 0.5
+    if n == 1:
+        np.testing.assert_allclose(found, mean, atol=1e-5)
+
+
 def test_unit_centroids_are_directions_of_summed_directions(case):
     found = pack.unit_centroids(case.clusters, case.weight)
     unit = case.weight / np.linalg.norm(case.weight, axis=1, keepdims=True)
