@@ -6,7 +6,8 @@ At each temperature: KL(dense || FlashHead) in nats and total variation over the
 vocabulary, for the folder's FlashHead and for sampling as the paper describes it (arXiv
 2603.14591): clusters drawn by the softmax of their centroids' scores, then a token by
 the softmax over theirs. Both read the same clusters. The reference is the folder's
-dense head. ``--states`` also writes hidden states' tables for benchmarks/draws.py.
+dense head. The paper's way is averaged over fewer states, and FlashHead's figures on
+just these stand beside it. ``--states`` also writes tables for benchmarks/draws.py.
 """
 
 from __future__ import annotations
@@ -40,10 +41,11 @@ N_DRAWS = 64
     type=float,
     default=[0.3, 0.5, 0.7, 1.0, 1.5, 2.0],
 )
+@click.option("--n-probes", type=int, help="Instead of the folder's.")
 @click.option("--states", "states_path", help="Write tables of some states here.")
 @click.option("--n-states", default=6, help="States of each text for that.")
 def main(
-    folder, texts, tokens, paper_states, temperatures, states_path, n_states
+    folder, texts, tokens, paper_states, temperatures, n_probes, states_path, n_states
 ) -> None:
     dense, tokenizer = load(folder, dense=True)
     path = head_config(folder)["head_path"]
@@ -53,27 +55,34 @@ def main(
         ids = tokenizer.encode(Path(text).read_text())[: tokens + 1]
         sets[Path(text).stem] = hidden_states(dense, path, ids)
     del dense
-    model, _ = load(folder)
+    model, _ = load(folder, n_probes=n_probes)
     head = head_of(model)
-    click.echo(f"{folder}: {head.n_probes} of {head.n_clusters} clusters probed")
     click.echo(
-        f"{'text':20}{'T':>5}{'probed mass':>13}{'KL':>9}{'TV':>9}"
-        f"{'KL, logits':>12}{'paper: KL 1':>13}{'TV 1':>8}{'KL p':>8}{'TV p':>8}"
+        f"{head.n_probes} of {head.n_clusters} clusters probed, "
+        f"{100 * head.rows_read() / head.vocab_size:.1f} % of the rows read"
+    )
+    click.echo("KL / TV; the paper's with 1 cluster drawn, with p; ours on these states")
+    click.echo(
+        f"{'text':10}{'T':>5}{'probed mass':>13}{'ours':>16}{'KL, logits':>12}"
+        f"{'paper 1':>16}{'paper p':>16}{'ours there':>16}"
     )
     tables = {}
     for name, states in sets.items():
         found = measure(head, weight, states, temperatures=temperatures, details=True)
-        some = states[:: max(1, len(states) // paper_states)][:paper_states]
+        click.echo(
+            f"{name}: {len(states)} tokens, recall {100 * found.recall.mean():.2f} %, "
+            f"agreement {100 * found.agreement.mean():.2f} %"
+        )
+        some = slice(None, None, max(1, len(states) // paper_states))
         for t in temperatures:
             ours = found.at[t]
-            one, many = papers(head, weight, some, t)
-            kl, tv = ours.kl().mean(), ours.total_variation.mean()
-            logits = kl + ours.equal_shares.mean()
-            click.echo(
-                f"{name:20}{t:5.2f}{100 * ours.probed_mass.mean():12.2f}%{kl:9.4f}"
-                f"{tv:9.4f}{logits:12.4f}{one[0]:13.3f}{one[1]:8.3f}{many[0]:8.3f}"
-                f"{many[1]:8.3f}"
-            )
+            kl, tv = ours.kl(), ours.total_variation
+            cells = [f"{name[:9]:10}{t:5.2f}{100 * ours.probed_mass.mean():12.2f}%"]
+            cells.append(_cell(kl.mean(), tv.mean()))
+            cells.append(f"{kl.mean() + ours.equal_shares.mean():12.4f}")
+            cells += [_cell(*way) for way in papers(head, weight, states[some], t)]
+            cells.append(_cell(kl[some].mean(), tv[some].mean()))
+            click.echo("".join(cells))
         # The least certain states have the largest tails.
         order = np.argsort(found.at[max(temperatures)].probed_mass)
         picked = order[np.linspace(0, len(order) // 2, n_states).astype(int)]
@@ -110,6 +119,10 @@ def papers(head, weight: np.ndarray, states: np.ndarray, temperature: float):
             many.reshape(c, m)[drawn] += np.exp(logits[drawn] - total) / N_DRAWS
         results.append([_differ(p, one), _differ(p, many)])
     return np.mean(results, axis=0)
+
+
+def _cell(kl: float, tv: float) -> str:
+    return f"{f'{kl:.4f} / {tv:.4f}':>16}"
 
 
 def _differ(p: np.ndarray, q: np.ndarray) -> tuple[float, float]:

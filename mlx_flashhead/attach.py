@@ -191,7 +191,11 @@ def find_transform(model: nn.Module, path: str) -> Transform | None:
 
 def attach(model: nn.Module, path: str, head: FlashHead) -> nn.Module:
     """Put a FlashHead in place of the model's head at ``path``; returns the model."""
-    module = FlashEmbedding(head) if is_tied(model, path) else head
+    inner, module = get_module(model, path), head
+    if isinstance(inner, FlashEmbedding):
+        module = FlashEmbedding(head, inner._dtype)
+    elif isinstance(inner, _EMBEDDING):
+        module = FlashEmbedding(head, head_table(inner).dtype)
     set_module(model, path, module)
     head.transform = find_transform(model, path)
     return model

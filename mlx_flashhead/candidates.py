@@ -49,7 +49,8 @@ class Drawn(NamedTuple):
 class _Pool(NamedTuple):
     """What a token is drawn from: logits of the candidates ``[B, K]`` and of the tail
     cluster's rows ``[B, m]``, and the log-mass of the tail ``[B, 2]`` at the
-    temperature and at 1; the last two are ``None`` where the tail cannot be drawn."""
+    temperature and at 1; ``None`` for rows that cannot be drawn and masses that do not
+    count."""
 
     logits: mx.array
     rest: mx.array | None
@@ -146,28 +147,27 @@ def _draw(head: FlashHead, settings: Settings, h: mx.array, key: mx.array):
 def _find(head: FlashHead, settings: Settings, h: mx.array, key: mx.array):
     """What is scored for ``h``, the tail cluster last, and the pool it makes."""
     means = head.mean_logits(h)
-    probes = head.select(means)
-    has_tail = (
-        not settings.greedy
-        and settings.top_k == 0
-        and settings.min_p == 0
-        and head.n_probes < head.n_clusters
-    )
+    probes = probed = head.select(means)
+    unsure = not settings.greedy and head.n_probes < head.n_clusters
+    # Min-p and top-k drop the tail, which top-p and XTC before them have counted.
+    has_tail = unsure and settings.top_k == 0 and settings.min_p == 0
+    counts = unsure and (settings.nucleus < 1 or settings.xtc_probability > 0)
     tail = None
-    if has_tail:
+    if has_tail or counts:
 
         def unprobed(temperature):
             masses = head.log_masses(means, temperature)
-            return mx.put_along_axis(masses, probes, mx.array(-mx.inf), axis=-1)
+            return mx.put_along_axis(masses, probed, mx.array(-mx.inf), axis=-1)
 
-        masses = unprobed(settings.temp)
-        cluster = kernels.sample(masses, _subkey(key, 1), temperature=1.0)
-        tail = mx.logsumexp(masses, axis=-1)
-        plain = tail
-        if settings.nucleus < 1 or settings.xtc_probability > 0:
-            plain = mx.logsumexp(unprobed(1.0), axis=-1)
-        tail = mx.stack([tail, plain], axis=-1)
-        probes = mx.concatenate([probes, cluster[:, None]], axis=-1)
+        at_one = heated = mx.full((len(h),), -mx.inf)
+        if counts:
+            at_one = mx.logsumexp(unprobed(1.0), axis=-1)
+        if has_tail:
+            masses = unprobed(settings.temp)
+            heated = mx.logsumexp(masses, axis=-1)
+            cluster = kernels.sample(masses, _subkey(key, 1), temperature=1.0)
+            probes = mx.concatenate([probes, cluster[:, None]], axis=-1)
+        tail = mx.stack([heated, at_one], axis=-1)
     exact = head.score(h, probes).reshape(len(h), -1)
     # A cap would make padding finite.
     logits = mx.where(exact > -mx.inf, head.transform(exact), -mx.inf)
@@ -221,6 +221,7 @@ def _filter(settings: Settings, pool: _Pool, key: mx.array, ids: mx.array | None
             k = settings.min_tokens_to_keep
             floor = mx.minimum(floor, mx.topk(logits, k).min(axis=-1, keepdims=True))
         logits = mx.where(logits < floor, -mx.inf, logits)
+        log_tail = mx.full(log_tail.shape, -mx.inf)
     if settings.xtc_probability > 0:
         probs = mx.exp(logits - total(logits, log_tail))
         above = probs > settings.xtc_threshold

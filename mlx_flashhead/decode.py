@@ -93,8 +93,11 @@ def readable(
 ) -> tuple[FlashHead, Settings, list[Processor]] | None:
     """What a model's tokens are drawn with, if they can be drawn among candidates."""
     head = head_of(model)
-    settings, known = read_sampler(sampler), read_processors(processors)
-    if head is None or settings is None or known is None:
+    if head is None:
+        return None
+    settings = read_sampler(sampler)
+    known = read_processors(processors, head.vocab_size)
+    if settings is None or known is None:
         return None
     return (head, settings, known) if fits(head, settings) else None
 
@@ -242,8 +245,11 @@ def batch_step(stock: Callable) -> Callable:
         if not hasattr(self, "_flash"):
             self._flash = head_of(self.model), Keys()
         head, keys = self._flash
-        requests = [_Request.read(self, e) for e in range(len(self.uids))]
-        if head is None or not requests or not _worthwhile(head, requests):
+        if head is None or not self.uids:
+            return stock(self)
+        sequences = range(len(self.uids))
+        requests = [_Request.read(self, e, head.vocab_size) for e in sequences]
+        if not _worthwhile(head, requests):
             return stock(self)
         self._current_tokens = inputs = self._next_tokens
         self._current_logprobs = self._next_logprobs
@@ -277,10 +283,11 @@ class _Request:
     processors: list[Processor] | None
 
     @classmethod
-    def read(cls, batch: Any, e: int) -> _Request:
+    def read(cls, batch: Any, e: int, vocab_size: int) -> _Request:
         sampler = (batch.samplers or {e: None})[e] or batch.fallback_sampler
         theirs = (batch.logits_processors or {e: None})[e] or ()
-        return cls(sampler, theirs, read_sampler(sampler), read_processors(theirs))
+        known = read_processors(theirs, vocab_size)
+        return cls(sampler, theirs, read_sampler(sampler), known)
 
 
 def _worthwhile(head: FlashHead, requests: list[_Request]) -> bool:

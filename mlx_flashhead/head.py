@@ -244,7 +244,7 @@ class FlashHead(nn.Module):
     def score(self, x: mx.array, probes: mx.array) -> mx.array:
         """Exact logits, float32 ``[B, p, m]``, of the rows of ``probes [B, p]``."""
         rows, shape = self.rows, (*probes.shape, self.cluster_size)
-        if rows.has_kernel and x.dtype == rows.dtype:
+        if rows.has_kernel(x.dtype):
             y = kernels.probe_logits(
                 x,
                 rows.weight,
@@ -269,7 +269,7 @@ class FlashHead(nn.Module):
         the logits of all, float32 ``[B, p * m]``."""
         tokens = {"probes": probes, "token_ids": self.token_ids}
         rows = self.rows
-        if not (rows.has_kernel and x.dtype == rows.dtype) or "bias" in self:
+        if not rows.has_kernel(x.dtype) or "bias" in self:
             logits = self.score(x, probes).reshape(len(x), -1)
             return kernels.greedy(logits, **tokens), logits
         blocks = kernels.probe_logits_stats(
@@ -368,14 +368,20 @@ class FlashHead(nn.Module):
 
 class FlashEmbedding(nn.Module):
     """Stands in for the ``nn.Embedding`` of a tied model: one table serves both as
-    the embedding and, through ``as_linear``, as the classification head."""
+    the embedding and, through ``as_linear``, as the classification head.
 
-    def __init__(self, head: FlashHead):
+    Args:
+        head (FlashHead): The head.
+        dtype (mx.Dtype, optional): That of the embeddings; by default the rows'.
+    """
+
+    def __init__(self, head: FlashHead, dtype: mx.Dtype | None = None):
         super().__init__()
         self.head = head
+        self._dtype = dtype or head.rows.dtype
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return self.head.embed(ids)
+        return self.head.embed(ids).astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         return self.head(x)

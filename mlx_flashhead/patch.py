@@ -91,9 +91,9 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
     def load_model(model_path: Path, lazy: bool = False, *args: Any, **kwargs: Any):
         model, config = stock(model_path, True, *args, **kwargs)
         if CONFIG_KEY in config:
-            if not (dense or switched_off()):
-                install(model, model_path, n_probes)
             for_device(model)
+            if not (dense or switched_off()):
+                for_device(install(model, model_path, n_probes))
         if not lazy:
             mx.eval(model.parameters())
         _patch_scoring()
@@ -111,6 +111,18 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
         return load_adapters(model, adapter_path)
 
     _replace(_loading, utils, "load_adapters", load_checked)
+    save_model = utils.save_model
+
+    @functools.wraps(save_model)
+    def save_checked(save_path: str | Path, model: nn.Module, **kwargs: Any):
+        if decode.head_of(model) is not None:
+            raise ValueError(
+                "a model with a FlashHead cannot be saved as a plain one: load it with "
+                "the dense head (dense=True, --dense)"
+            )
+        return save_model(save_path, model, **kwargs)
+
+    _replace(_loading, utils, "save_model", save_checked)
 
 
 def patch_decoding() -> None:
@@ -178,6 +190,7 @@ _KNOWN: list[tuple[Callable[[], Any], list[str], set[str]]] = [
         set(),
     ),
     (lambda: utils.load_adapters, ["model", "adapter_path"], set()),
+    (lambda: utils.save_model, ["save_path", "model"], set()),
     (
         lambda: _generate.generate_step,
         ["prompt", "model", "stream", "max_tokens", "sampler", "logits_processors"],

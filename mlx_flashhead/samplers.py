@@ -127,23 +127,27 @@ def _checked(settings: Settings) -> Settings | None:
     return settings if sane else None
 
 
-def read_processors(processors: Sequence[Any] | None) -> list[Processor] | None:
+def read_processors(
+    processors: Sequence[Any] | None, vocab_size: int
+) -> list[Processor] | None:
     """The processors that ``make_logits_processors`` made, readable; ``None`` if one
-    is not of those."""
+    is not of those, or is for tokens that do not exist."""
     read: list[Processor] = []
     for processor in processors or ():
-        one = _read_processor(processor)
+        one = _read_processor(processor, vocab_size)
         if one is None:
             return None
         read.append(one)
     return read
 
 
-def _read_processor(processor: Any) -> Processor | None:
+def _read_processor(processor: Any, vocab_size: int) -> Processor | None:
     name = "make_logits_processors.<locals>.logit_bias_processor"
     found = _closure(processor, name)
     if found is not None:
-        if set(found) != {"indices", "values"} or min(found["indices"].tolist()) < 0:
+        if set(found) != {"indices", "values"}:
+            return None
+        if not all(0 <= token < vocab_size for token in found["indices"].tolist()):
             return None
         return Bias(found["indices"], found["values"])
     for kind in _PENALTIES:
@@ -167,7 +171,7 @@ def check() -> None:
     if read_sampler(sample_utils.make_sampler()) != Settings():
         raise ValueError("make_sampler has changed")
     made = sample_utils.make_logits_processors({1: 2.0}, 1.1, 5, 0.1, 6, 0.2, 7)
-    read = read_processors(made)
+    read = read_processors(made, 2)
     sizes = [p.context_size for p in (read or []) if isinstance(p, Penalty)]
     if sizes != [5, 6, 7] or not isinstance(read[0], Bias):
         raise ValueError("make_logits_processors has changed")

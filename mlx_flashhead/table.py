@@ -72,11 +72,11 @@ class Table(nn.Module):
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self._arrays() if a is not None)
 
-    @property
-    def has_kernel(self) -> bool:
-        """Whether :func:`mlx_flashhead.kernels.probe_logits` takes such rows."""
+    def has_kernel(self, dtype: mx.Dtype) -> bool:
+        """Whether :func:`mlx_flashhead.kernels.probe_logits` takes such rows for hidden
+        states of a dtype."""
         if not self.quantized:
-            return self.hidden_size % 32 == 0
+            return self.hidden_size % 32 == 0 and dtype == self.dtype
         return self.mode == "affine" and self.bits in (4, 5, 6, 8)
 
     def _arrays(self) -> tuple[mx.array, mx.array | None, mx.array | None]:

@@ -107,7 +107,7 @@ def test_probe_logits_refuses():
         ((x, weight, scales, biases, probes), {"group_size": 32}, "group"),
         ((x, weight, scales, biases, probes), {"group_size": 64, "bits": 3}, "bits"),
         ((x, weight[0], scales, biases, probes), good, "weight"),
-        ((x.astype(mx.float16), weight, scales, biases, probes), good, "float16"),
+        ((x, weight, scales.astype(mx.float16), biases, probes), good, "float16"),
         ((x, weight, scales, biases, probes), {**good, "n_rows": 21}, "n_rows"),
     ]:
         with pytest.raises(ValueError, match=match):

@@ -105,8 +105,8 @@ def table(dtype, bits, group_size, D, m, C):
     return tuple(mx.quantize(weight, group_size=group_size, bits=bits))
 
 
-def check_probe(dtype, bits, group_size, D, m, B, C, p, stats):
-    arrays = table(dtype, bits, group_size, D, m, C)
+def check_probe(dtype, bits, group_size, D, m, B, C, p, stats, scales=None):
+    arrays = table(scales or dtype, bits, group_size, D, m, C)
     x = random(B, D, dtype=dtype, seed=2)
     rng = np.random.default_rng(p)
     probes = np.stack([np.sort(rng.permutation(C)[:p]) for _ in range(B)])
@@ -135,6 +135,12 @@ def check_probe(dtype, bits, group_size, D, m, B, C, p, stats):
 @pytest.mark.parametrize("case", PROBE, ids=str)
 def test_probe_logits(case):
     check_probe(*case, stats=PROBE.index(case) % 3 != 2)
+
+
+@pytest.mark.parametrize("dtype, scales", [(BF16, F16), (BF16, F32), (F16, F32)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_may_be_finer_than_states(dtype, scales, bits):
+    check_probe(dtype, bits, 64, 640, 16, 2, 5, 3, True, scales)
 
 
 @pytest.mark.slow
@@ -248,8 +254,8 @@ def test_sample_gives_tokens_and_marks_the_tail():
     [
         lambda: select_probes._check(300, F16),
         lambda: select_probes._check(9000, BF16, F32),
-        lambda: probe_logits._check(True, mx.zeros((1, 640), BF16), 16, True, 64, 8),
-        lambda: probe_logits._check(False, mx.zeros((1, 64), F16), 16, False, 32, 16),
+        lambda: probe_logits._check(True, mx.zeros((1, 640), BF16), 16, F16, 64, 8),
+        lambda: probe_logits._check(False, mx.zeros((1, 64), F16), 16, None, 32, 16),
         lambda: greedy._check(F32, True, True),
         lambda: sample._check(9000, BF16, (True, False, True), 16),
     ],

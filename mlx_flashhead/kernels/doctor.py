@@ -17,16 +17,20 @@ _VARIANTS = [
     *[("select_probes", (C, mx.float32)) for C in (300, 8000, 16_384)],
     ("select_probes", (40_000, mx.bfloat16, mx.float32)),
     *[
-        ("probe_logits", (True, (dtype, 640), 16, True, 64, bits))
-        for dtype in (mx.float16, mx.bfloat16, mx.float32)
+        ("probe_logits", (True, (dtype, 640), 16, scales, 64, bits))
+        for dtype, scales in (
+            (mx.float16, mx.float16),
+            (mx.bfloat16, mx.float16),
+            (mx.float32, mx.float32),
+        )
         for bits in (4, 5, 6, 8)
     ],
     *[
-        ("probe_logits", (True, (dtype, 640), 16, False, 32, 8 * dtype.size))
+        ("probe_logits", (True, (dtype, 640), 16, None, 32, 8 * dtype.size))
         for dtype in (mx.float16, mx.bfloat16, mx.float32)
     ],
     *[
-        ("probe_logits", (False, (mx.bfloat16, D), m, True, group_size, 8))
+        ("probe_logits", (False, (mx.bfloat16, D), m, mx.bfloat16, group_size, 8))
         for D, m, group_size in ((32, 1, 32), (896, 7, 128), (2048, 40, 32))
     ],
     ("greedy", (mx.float32, False, False)),

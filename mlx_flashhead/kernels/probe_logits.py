@@ -229,8 +229,8 @@ def probe_logits(
         weight (mx.array): Rows in cluster order: ``[C, m, D]`` in the dtype of x, or
           uint32 ``[C, m, D * bits / 32]`` as :func:`mlx.core.quantize` packs them in
           its affine mode; m from 1 to 128.
-        scales (mx.array, optional): ``[C, m, D / group_size]`` in the dtype of x;
-          ``None`` for rows that are not quantized.
+        scales (mx.array, optional): ``[C, m, D / group_size]``, floating; ``None`` for
+          rows that are not quantized.
         biases (mx.array, optional): Like ``scales``.
         probes (mx.array): Clusters to score, uint32 ``[B, p]``, each below C.
         group_size (int): Weights per scale: 32, 64 or 128.
@@ -277,11 +277,15 @@ def _run(stats: bool, args: tuple, group_size: int, bits: int, n_rows: int | Non
     if scales is None:
         form, group_size, bits = "rows", 32, 8 * x.dtype.size
     else:
-        form = f"{bits} bits in groups of {group_size}"
+        kind = str(scales.dtype).split(".")[-1]
+        form = f"{bits} bits in groups of {group_size}, scales {kind}"
     variant = f"{_kernels[stats].name}({name}, {form}, D {x.shape[1]}, m {m})"
     # Fewer than 8 words are no device buffer in Metal, and not worth a launch.
     if weight.size >= 8 and backend.ready(
-        variant, lambda: _check(stats, x, m, scales is not None, group_size, bits)
+        variant,
+        lambda: _check(
+            stats, x, m, None if scales is None else scales.dtype, group_size, bits
+        ),
     ):
         return _launch(stats, *args, group_size, bits, n_rows)
     return _reference(stats, *args, group_size, bits, n_rows)
@@ -317,11 +321,12 @@ def _validate(x, weight, scales, biases, probes, group_size: int, bits: int) -> 
         D % group_size
         or weight.shape[2] != D * bits // 32
         or weight.dtype != mx.uint32
-        or any(a.shape != grouped or a.dtype != x.dtype for a in (scales, biases))
+        or scales.dtype not in (mx.float16, mx.bfloat16, mx.float32)
+        or any(a.shape != grouped or a.dtype != scales.dtype for a in (scales, biases))
     ):
         raise ValueError(
             f"for D = {D} in {bits} bits and groups of {group_size}, weight must be "
-            f"uint32 [C, m, {D * bits // 32}] and scales and biases {x.dtype} "
+            f"uint32 [C, m, {D * bits // 32}] and scales and biases floating "
             f"{grouped}, not {weight.dtype} {weight.shape}, {scales.dtype} "
             f"{scales.shape} and {biases.dtype} {biases.shape}"
         )
@@ -435,15 +440,22 @@ def _launch(
 
 
 def _check(
-    stats: bool, like: mx.array, m: int, quantized: bool, group_size: int, bits: int
+    stats: bool,
+    like: mx.array,
+    m: int,
+    scales_dtype: mx.Dtype | None,
+    group_size: int,
+    bits: int,
 ) -> None:
     dtype, D, C = like.dtype, like.shape[1], 5
     key = mx.random.key(0)
     x = mx.random.normal((2, D), key=key).astype(dtype)
     weight = mx.random.normal((C, m, D), key=key).astype(dtype)
     scales = biases = None
-    if quantized:
-        weight, scales, biases = mx.quantize(weight, group_size=group_size, bits=bits)
+    if scales_dtype is not None:
+        weight, scales, biases = mx.quantize(
+            weight.astype(scales_dtype), group_size=group_size, bits=bits
+        )
     probes = mx.array([[0, 2, 4], [1, 3, 4]], dtype=mx.uint32)
     args = (x, weight, scales, biases, probes, group_size, bits, C * m - m // 2)
     got = _launch(stats, *args)
