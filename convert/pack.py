@@ -67,26 +67,15 @@ def fitted_centroids(
     # States that are all the same leave nothing to fit.
     ridge = max(np.trace(scatter) / len(states), 1e-30) * np.eye(len(scatter))
     solve = np.linalg.solve(scatter + ridge, centred.T).T.astype(np.float32)
-    c, m = clustering.token_ids.shape
-    step_size = max(1, BLOCK // (len(states) * m))
     right = np.ascontiguousarray(states.T)
-    with progress("Fitting centroids", -(-c // step_size)) as step:
-        for start in range(0, c, step_size):
-            s = slice(start, min(c, start + step_size))
-            ids = clustering.token_ids[s]
-            real = ids < len(weight)
-            ids = np.where(real, ids, 0)
-            logits = matmul(weight[ids.reshape(-1)], right)
-            logits = logits.reshape(*ids.shape, len(states))
-            if bias is not None:
-                logits += bias[ids][..., None]
-            best = np.max(logits, axis=1, where=real[..., None], initial=-np.inf)
-            logits -= best[:, None]
-            mass = np.sum(np.exp(logits, out=logits), axis=1, where=real[..., None])
-            lacking = best + np.log(mass) - matmul(centroids[s], right)
-            lacking -= lacking.mean(-1, keepdims=True)
-            centroids[s] += matmul(lacking, solve)
-            step()
+    title = "Fitting centroids"
+    for s, real, logits in _logits(clustering, weight, right, bias, progress, title):
+        best = np.max(logits, axis=1, where=real[..., None], initial=-np.inf)
+        logits -= best[:, None]
+        mass = np.sum(np.exp(logits, out=logits), axis=1, where=real[..., None])
+        lacking = best + np.log(mass) - matmul(centroids[s], right)
+        lacking -= lacking.mean(-1, keepdims=True)
+        centroids[s] += matmul(lacking, solve)
     return centroids
 
 
@@ -201,38 +190,51 @@ def _statistics(head, clustering, weight, states, bias, progress):
     """Per cluster, over the states: mean + standard deviation of (best logit - score)
     and, at each of TEMPERATURES, mean of (log mean exp(logit / T) - score / T), logits
     and scores there being the model's."""
-    c, m = clustering.token_ids.shape
+    c = len(clustering.token_ids)
     centroids = np.array(head.centroids.dequantize(mx.float32))
     transform = head.transform or Transform()
     spread = np.empty(c, np.float32)
     excess = np.empty((len(TEMPERATURES), c), np.float32)
-    step_size = max(1, BLOCK // (len(states) * m))
     right = np.ascontiguousarray(states.T)
-    with progress("Calibration: clusters", -(-c // step_size)) as step:
+    title = "Calibration: clusters"
+    for s, real, logits in _logits(clustering, weight, right, bias, progress, title):
+        score = matmul(centroids[s], right)
+        if bias is not None:
+            of_rows = np.where(real, bias[_rows(clustering, s)], 0)
+            score += (of_rows.sum(-1) / real.sum(-1))[:, None]
+        best = np.max(logits, axis=1, where=real[..., None], initial=-np.inf)
+        gain = best - score
+        spread[s] = gain.mean(-1) + gain.std(-1)
+        some = slice(None, None, MASS_STRIDE)
+        best, score = transform(best[:, some]), transform(score[:, some])
+        below = transform(logits[..., some]) - best[:, None]
+        for i, t in enumerate(TEMPERATURES):
+            mass = np.sum(np.exp(below / t), axis=1, where=real[..., None])
+            log_mean = np.log(mass / real.sum(-1)[:, None])
+            excess[i, s] = ((best - score) / t + log_mean).mean(-1)
+    return spread, excess
+
+
+def _rows(clustering: Clustering, s: slice) -> np.ndarray:
+    """The rows of clusters s, ``[., m]``; some row that exists for padding."""
+    ids = clustering.token_ids[s]
+    return np.where(ids < clustering.vocab_size, ids, 0)
+
+
+def _logits(clustering, weight, right, bias, progress, title):
+    """Some clusters at a time: which, what of their rows is no padding ``[., m]``, and
+    the rows' logits ``[., m, n]`` for the states ``right [D, n]``."""
+    c, m = clustering.token_ids.shape
+    step_size = max(1, BLOCK // (right.shape[1] * m))
+    with progress(title, -(-c // step_size)) as step:
         for start in range(0, c, step_size):
             s = slice(start, min(c, start + step_size))
-            ids = clustering.token_ids[s]
-            real = ids < len(weight)
-            ids = np.where(real, ids, 0)
-            logits = matmul(weight[ids.reshape(-1)], right)
-            logits = logits.reshape(*ids.shape, len(states))
-            score = matmul(centroids[s], right)
+            rows = _rows(clustering, s)
+            logits = matmul(weight[rows.reshape(-1)], right).reshape(*rows.shape, -1)
             if bias is not None:
-                logits += bias[ids][..., None]
-                rows = np.where(real, bias[ids], 0).sum(-1) / real.sum(-1)
-                score += rows[:, None]
-            best = np.max(logits, axis=1, where=real[..., None], initial=-np.inf)
-            gain = best - score
-            spread[s] = gain.mean(-1) + gain.std(-1)
-            some = slice(None, None, MASS_STRIDE)
-            best, score = transform(best[:, some]), transform(score[:, some])
-            below = transform(logits[..., some]) - best[:, None]
-            for i, t in enumerate(TEMPERATURES):
-                mass = np.sum(np.exp(below / t), axis=1, where=real[..., None])
-                log_mean = np.log(mass / real.sum(-1)[:, None])
-                excess[i, s] = ((best - score) / t + log_mean).mean(-1)
+                logits += bias[rows][..., None]
+            yield s, clustering.token_ids[s] < clustering.vocab_size, logits
             step()
-    return spread, excess
 
 
 def _with(head: FlashHead, spread, excess, tail_offset) -> FlashHead:

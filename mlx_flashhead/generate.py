@@ -20,6 +20,7 @@ from . import decode, demo_model
 from .blas import hint
 from .cli import one_line_errors
 from .patch import patched
+from .run import OPTIONS
 
 
 def options_of(parser: argparse.ArgumentParser) -> list[click.Option]:
@@ -113,16 +114,7 @@ main = click.Command(
     callback=_run,
     help=_run.__doc__,
     context_settings={"help_option_names": ["-h", "--help"]},
-    params=[
-        *_theirs,
-        click.Option(
-            ["--n-probes"],
-            type=click.IntRange(min=1),
-            help="Clusters probed per token; fewer are faster and less faithful."
-            "  [default: the converted number]",
-        ),
-        click.Option(["--dense"], is_flag=True, help="Use the dense head."),
-    ],
+    params=[*_theirs, *OPTIONS],
 )
 
 if __name__ == "__main__":

@@ -243,20 +243,11 @@ class FlashHead(nn.Module):
 
     def score(self, x: mx.array, probes: mx.array) -> mx.array:
         """Exact logits, float32 ``[B, p, m]``, of the rows of ``probes [B, p]``."""
-        rows, shape = self.rows, (*probes.shape, self.cluster_size)
-        if rows.has_kernel(x.dtype):
-            y = kernels.probe_logits(
-                x,
-                rows.weight,
-                rows.get("scales"),
-                rows.get("biases"),
-                probes,
-                group_size=rows.group_size,
-                bits=rows.bits,
-                n_rows=self.vocab_size,
-            ).reshape(shape)
+        if self.rows.has_kernel(x.dtype):
+            y = self._probe(kernels.probe_logits, x, probes)
+            y = y.reshape(*probes.shape, self.cluster_size)
         else:
-            y = rows.gather_matmul(x, probes).astype(mx.float32)
+            y = self.rows.gather_matmul(x, probes).astype(mx.float32)
             if self.padding:
                 real = self.token_ids[probes] < self.vocab_size
                 y = mx.where(real, y, -mx.inf)
@@ -268,11 +259,16 @@ class FlashHead(nn.Module):
         """The token with the largest logit among ``probes [B, p]``, uint32 ``[B]``, and
         the logits of all, float32 ``[B, p * m]``."""
         tokens = {"probes": probes, "token_ids": self.token_ids}
-        rows = self.rows
-        if not rows.has_kernel(x.dtype) or "bias" in self:
+        if not self.rows.has_kernel(x.dtype) or "bias" in self:
             logits = self.score(x, probes).reshape(len(x), -1)
             return kernels.greedy(logits, **tokens), logits
-        blocks = kernels.probe_logits_stats(
+        blocks = self._probe(kernels.probe_logits_stats, x, probes)
+        best = kernels.greedy(blocks.block_max, indices=blocks.block_argmax, **tokens)
+        return best, blocks.logits
+
+    def _probe(self, kernel: Callable, x: mx.array, probes: mx.array):
+        rows = self.rows
+        return kernel(
             x,
             rows.weight,
             rows.get("scales"),
@@ -282,8 +278,6 @@ class FlashHead(nn.Module):
             bits=rows.bits,
             n_rows=self.vocab_size,
         )
-        best = kernels.greedy(blocks.block_max, indices=blocks.block_argmax, **tokens)
-        return best, blocks.logits
 
     def logits_of(self, x: mx.array, ids: mx.array) -> mx.array:
         """Exact logits, float32 ``[B, n]``, of tokens ``ids [n]`` for ``x [B, D]``."""

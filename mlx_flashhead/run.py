@@ -12,7 +12,8 @@ from .blas import hint
 from .cli import one_line_errors
 from .patch import patched
 
-_OPTIONS = [
+# Of every command that loads a converted model.
+OPTIONS = [
     click.Option(
         ["--n-probes"],
         type=click.IntRange(min=1),
@@ -78,7 +79,7 @@ def command(name: str, module: str | None, text: str) -> click.Command:
             "help_option_names": [] if module else ["-h", "--help"],
         },
         params=[
-            *_OPTIONS,
+            *OPTIONS,
             click.Argument(
                 ["words"],
                 nargs=-1,
