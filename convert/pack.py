@@ -14,7 +14,7 @@ from mlx_flashhead.transform import Transform
 from .cluster import Clustering
 from .progress import Progress, silent
 
-# Calibration states on which centroids, and what their scores lack, are fitted.
+# Calibration states on which what a cluster's score lacks is fitted.
 N_FIT = 4096
 # The mean mass of a cluster is taken over one in this many of them: it settles sooner
 # than the bonus, and costs an exponential per logit.
@@ -30,12 +30,6 @@ def mean_centroids(clustering: Clustering, weight: np.ndarray) -> np.ndarray:
     product with a hidden state is the cluster's exact mean logit."""
     sums = np.add.reduceat(weight[clustering.order], _starts(clustering), axis=0)
     return sums / _sizes(clustering)[:, None]
-
-
-def fit_states(states: np.ndarray) -> np.ndarray:
-    """At most N_FIT of the states ``[n, D]``, picked at random but always the same."""
-    chosen = np.random.default_rng(0).permutation(len(states))[:N_FIT]
-    return states[np.sort(chosen)]
 
 
 def fitted_centroids(
@@ -61,7 +55,6 @@ def fitted_centroids(
         bias: The head's bias, ``[V]``.
     """
     centroids = mean_centroids(clustering, weight)
-    states = fit_states(states)
     centred = (states - states.mean(0)).astype(np.float64)
     scatter = centred.T @ centred
     # States that are all the same leave nothing to fit.
@@ -171,7 +164,8 @@ def calibrate(
         states: Calibration states, float32 ``[n, D]``.
         use_spread: Whether to add the bonus; the paper has none.
     """
-    states = fit_states(states)
+    chosen = np.random.default_rng(0).permutation(len(states))[:N_FIT]
+    states = states[np.sort(chosen)]
     spread, excess = _statistics(head, clustering, weight, states, bias, progress)
     if not use_spread:
         spread = np.zeros_like(spread)

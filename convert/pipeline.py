@@ -26,7 +26,13 @@ from mlx_flashhead.transform import Transform
 
 from . import calibrate, cluster, pack
 from .progress import Progress, bars, silent
-from .recipes import RECIPES, Recipe, always_tokens, default_group_size
+from .recipes import (
+    RECIPES,
+    SMALL_VOCABULARY,
+    Recipe,
+    always_tokens,
+    default_group_size,
+)
 from .source import Source, open_gguf, open_hf
 from .staging import check_space, staged, writing
 
@@ -273,6 +279,7 @@ def build_head(
         directions = cluster.directions(weight, factor)
         step()
     n_clusters = -(-len(weight) // cluster_size)
+    chosen = n_probes
     if n_probes is None:
         n_probes = default_n_probes(n_clusters)
     elif not 1 <= n_probes <= n_clusters:
@@ -280,6 +287,8 @@ def build_head(
     always = None
     if recipe.always:
         always = always_tokens(len(weight), cluster_size, n_probes, stop_tokens)
+        if chosen is None and len(weight) <= SMALL_VOCABULARY:
+            n_probes += -(-len(always) // cluster_size)
     clustering = cluster.cluster(
         directions,
         cluster_size,

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Vocabularies up to this size get clusters of frequent tokens, probed at every step:
-# there a single badly placed frequent token costs a point of recall.
+# Vocabularies up to this size get clusters of frequent tokens, probed at every step and
+# beyond the default number of probes: there a single badly placed frequent token costs a
+# point of recall.
 SMALL_VOCABULARY = 160_000
 # Low ids are frequent: byte-pair ids follow the order of the merges.
 N_FREQUENT = 1024

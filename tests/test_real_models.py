@@ -222,7 +222,12 @@ def test_smollm_beats_the_paper_on_the_same_states(smollm):
     )
     module = get_module(model, "model.embed_tokens")
     paper = build_head(
-        head_table(module), smollm.weight, None, states, RECIPES["paper"]
+        head_table(module),
+        smollm.weight,
+        None,
+        states,
+        RECIPES["paper"],
+        n_probes=head.n_probes,
     )
     assert paper.n_probes == head.n_probes
     assert smollm.recall(head) > smollm.recall(paper) + 0.01
