@@ -36,7 +36,9 @@ class Heads(nn.Module):
         return self.embedding(ids)
 
     def as_linear(self, x):
-        return self.head.as_linear(x) if hasattr(self.head, "as_linear") else self.head(x)
+        return (
+            self.head.as_linear(x) if hasattr(self.head, "as_linear") else self.head(x)
+        )
 
 
 @click.command(context_settings={"show_default": True})
@@ -65,7 +67,11 @@ def main(folder, prompts, max_tokens, tied, json_path):
     run("dense, as stored", dense)
     for bits in (8, 4):
         weight = reference.weight
-        layer = nn.Embedding(*weight.shape) if is_tied else nn.Linear(*weight.shape[::-1], bias=False)
+        layer = (
+            nn.Embedding(*weight.shape)
+            if is_tied
+            else nn.Linear(*weight.shape[::-1], bias=False)
+        )
         layer.weight = weight
         quantized = layer.to_quantized(group_size=64, bits=bits)
         if is_tied and not tied:
@@ -76,7 +82,10 @@ def main(folder, prompts, max_tokens, tied, json_path):
     if is_tied and not tied:
         set_module(dense, path, Heads(reference, head))
     share = 100 * head.rows_read() / head.vocab_size
-    run(f"FlashHead, {head.rows.bits} bits, {share:.1f} % of rows", dense if is_tied and not tied else flash)
+    run(
+        f"FlashHead, {head.rows.bits} bits, {share:.1f} % of rows",
+        dense if is_tied and not tied else flash,
+    )
 
     want = runs["dense, as stored"]
     click.echo("| head | identical continuations | median first difference |")

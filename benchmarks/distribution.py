@@ -17,10 +17,10 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
+from mlx_flashhead.convert.calibrate import hidden_states
 
 from mlx_flashhead import load
 from mlx_flashhead.attach import get_module, head_table
-from mlx_flashhead.convert.calibrate import hidden_states
 from mlx_flashhead.decode import head_of
 from mlx_flashhead.fidelity import measure
 from mlx_flashhead.files import head_config
@@ -61,7 +61,9 @@ def main(
         f"{head.n_probes} of {head.n_clusters} clusters probed, "
         f"{100 * head.rows_read() / head.vocab_size:.1f} % of the rows read"
     )
-    click.echo("KL / TV; the paper's with 1 cluster drawn, with p; ours on these states")
+    click.echo(
+        "KL / TV; the paper's with 1 cluster drawn, with p; ours on these states"
+    )
     click.echo(
         f"{'text':10}{'T':>5}{'probed mass':>13}{'ours':>16}{'KL, logits':>12}"
         f"{'paper 1':>16}{'paper p':>16}{'ours there':>16}"

@@ -133,7 +133,9 @@ def main(path, draws, batch, temperatures, seed) -> None:
             )
     # Of n honest p-values the smallest is below x with probability 1 - (1 - x)^n.
     low, n = min(worst), len(worst)
-    click.echo(f"smallest of {n} p-values {low:.4f}: {1 - (1 - low) ** n:.3f} by chance")
+    click.echo(
+        f"smallest of {n} p-values {low:.4f}: {1 - (1 - low) ** n:.3f} by chance"
+    )
 
 
 if __name__ == "__main__":

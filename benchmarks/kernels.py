@@ -209,7 +209,12 @@ def measure(
     for last, name in enumerate(("stage 1", "+ select", "+ probe")):
         add(f"up to {name}", partial(parts, last=last))
     for B in batch_sizes:
-        for name in ("dense 8-bit", "FlashHead 8-bit", "dense 8-bit, top-p", "FlashHead 8-bit, top-p"):
+        for name in (
+            "dense 8-bit",
+            "FlashHead 8-bit",
+            "dense 8-bit, top-p",
+            "FlashHead 8-bit, top-p",
+        ):
             add(f"batch {B}: {name}", timed[name], B)
     result = {}
     for name, function, B, plain, options in runs[shard[0] :: shard[1]]:
@@ -268,7 +273,9 @@ BEYOND_BYTES = {"dense": 10, "FlashHead": 50}
 
 def predict() -> None:
     """What bytes and published bandwidths say of Apple's chips. Not measured."""
-    print("\npredicted (not measured): head alone, us per token, greedy, 8-bit rows, from")
+    print(
+        "\npredicted (not measured): head alone, us per token, greedy, 8-bit rows, from"
+    )
     print("bytes at 80 % of the published bandwidth and what an H200 needs beyond them")
     print(f"{'':10}" + "".join(f"{name:>22}" for name in MODELS))
     for chip, gigabytes in BANDWIDTH.items():

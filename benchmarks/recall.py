@@ -17,12 +17,12 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
-
-from mlx_flashhead.attach import find_head, get_module, head_table
 from mlx_flashhead.convert import calibrate
 from mlx_flashhead.convert.pipeline import build_head
 from mlx_flashhead.convert.recipes import RECIPES
 from mlx_flashhead.convert.source import open_gguf, open_hf
+
+from mlx_flashhead.attach import find_head, get_module, head_table
 from mlx_flashhead.fidelity import measure
 
 

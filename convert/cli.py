@@ -30,20 +30,22 @@ def _leaving_clean():
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.command(
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]}
+)
 @click.option("--hf-path", "--model", help="Hugging Face id, or a local folder.")
 @click.option("--gguf-path", help="A GGUF file: llama, gemma3, qwen2 or qwen3.")
 @click.option("--mlx-path", default="mlx_model", help="Folder to make.")
-@click.option("-q", "--quantize", is_flag=True, help="Quantize the body (not the head).")
+@click.option(
+    "-q", "--quantize", is_flag=True, help="Quantize the body (not the head)."
+)
 @click.option("--q-group-size", type=int, help="Group size for quantization.")
 @click.option("--q-bits", type=int, help="Bits per weight for quantization.")
 @click.option(
@@ -58,7 +60,9 @@ def _leaving_clean():
     help="Type of what is not quantized.  [default: the model's own]",
 )
 @click.option("--revision", help="Branch, tag or commit on the Hugging Face hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that the model brings.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run code that the model brings."
+)
 @click.option(
     "--head-bits",
     type=_bits,

@@ -31,6 +31,7 @@ N_NEAR_GROUPS = 16
 N_COARSE_ITERATIONS = 8
 N_FINE_ITERATIONS = 4
 
+
 @dataclass(frozen=True)
 class Clustering:
     """Which tokens stand together.

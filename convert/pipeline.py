@@ -238,9 +238,7 @@ def convert(
                 "measured": measured,
             }
             report = _report(target, head, table, measured, start)
-            utils.save(
-                result, source.hub_id or source.folder, model, tokenizer, config
-            )
+            utils.save(result, source.hub_id or source.folder, model, tokenizer, config)
             step()
         result.chmod(0o755)
     return report

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mlx.utils import tree_map_with_path
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES

@@ -1,6 +1,6 @@
 """Load a converted model and write with it.
 
-    python examples/generate.py FOLDER
+python examples/generate.py FOLDER
 """
 
 import sys

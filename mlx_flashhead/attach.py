@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,7 +26,9 @@ class _Watched(nn.Module):
     """Stands in for a linear or embedding layer and passes what it makes of hidden
     states through ``record``, which may replace it."""
 
-    def __init__(self, inner: nn.Module, record: Callable[[mx.array, mx.array], mx.array]):
+    def __init__(
+        self, inner: nn.Module, record: Callable[[mx.array, mx.array], mx.array]
+    ):
         super().__init__()
         self.inner = inner
         self._record = record

@@ -18,7 +18,8 @@ which keep the likeliest tokens, drop it.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 

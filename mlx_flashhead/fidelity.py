@@ -8,8 +8,8 @@ probed, the estimated mass of each other cluster, and within that the exact logi
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np

@@ -61,9 +61,9 @@ def given(ctx: click.Context, params: list[click.Option]) -> list[str]:
 
 
 _theirs = options_of(setup_arg_parser())
-next(o for o in _theirs if o.name == "model").help = (
-    "A converted folder, or a Hugging Face id.  [default: the demo model]"
-)
+next(
+    o for o in _theirs if o.name == "model"
+).help = "A converted folder, or a Hugging Face id.  [default: the demo model]"
 
 
 def _check_exists(option: str, path: str | None) -> None:
@@ -89,7 +89,10 @@ def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> 
         argv = given(ctx, _theirs)
         for option in ("model", "draft_model", "adapter_path"):
             _check_exists(option, ctx.params.get(option))
-        if ctx.params.get("model") is None and ctx.params.get("prompt_cache_file") is None:
+        if (
+            ctx.params.get("model") is None
+            and ctx.params.get("prompt_cache_file") is None
+        ):
             model, what = demo_model.default()
             click.echo(f"Model: {what}", err=True)
             argv.append(f"--model={model}")

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -137,7 +138,11 @@ class FlashHead(nn.Module):
 
     @n_probes.setter
     def n_probes(self, n: int) -> None:
-        if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= self.n_clusters:
+        if (
+            isinstance(n, bool)
+            or not isinstance(n, int)
+            or not 1 <= n <= self.n_clusters
+        ):
             raise ValueError(
                 f"n_probes must be an integer from 1 to {self.n_clusters}, not {n!r}"
             )
@@ -338,7 +343,13 @@ class FlashHead(nn.Module):
         call = partial(function, self, *options)
         if mx.default_device().type != mx.DeviceType.gpu:
             return call
-        key = (function.__name__, options, self.n_probes, self.transform, kernels.kind())
+        key = (
+            function.__name__,
+            options,
+            self.n_probes,
+            self.transform,
+            kernels.kind(),
+        )
         if key not in self._compiled:
             if len(self._compiled) >= _REMEMBERED:
                 self._compiled.clear()

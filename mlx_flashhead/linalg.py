@@ -3,7 +3,7 @@ whose BLAS is many times faster than the one in MLX's CPU back-end."""
 
 from __future__ import annotations
 
-from typing import Iterator
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np

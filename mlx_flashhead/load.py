@@ -42,4 +42,3 @@ def load(
         loaded = utils.load(str(path_or_hf_repo), **kwargs)
     patch_decoding()
     return loaded
-

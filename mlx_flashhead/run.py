@@ -85,7 +85,9 @@ def command(name: str, module: str | None, text: str) -> click.Command:
                 nargs=-1,
                 required=module is None,
                 type=click.UNPROCESSED,
-                metavar="[OPTIONS OF MLX-LM]..." if module else "mlx_lm.COMMAND [ARGS]...",
+                metavar="[OPTIONS OF MLX-LM]..."
+                if module
+                else "mlx_lm.COMMAND [ARGS]...",
             ),
         ],
     )

@@ -8,9 +8,10 @@ user's own, and gets logits over the whole vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from types import FunctionType
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm import sample_utils

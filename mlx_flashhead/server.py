@@ -2,7 +2,11 @@
 
 from .run import command
 
-main = command("mlx_flashhead.server", "mlx_lm.server", "Serve converted models over HTTP: mlx_lm.server with FlashHead.")
+main = command(
+    "mlx_flashhead.server",
+    "mlx_lm.server",
+    "Serve converted models over HTTP: mlx_lm.server with FlashHead.",
+)
 
 if __name__ == "__main__":
     main(prog_name="mlx_flashhead.server")

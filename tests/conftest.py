@@ -14,9 +14,9 @@ import mlx.core as mx
 import pytest
 import small_models
 from hypothesis import HealthCheck, settings
+from mlx_flashhead.convert import convert
 
 from mlx_flashhead import unpatch
-from mlx_flashhead.convert import convert
 
 settings.register_profile(
     "suite",

@@ -15,12 +15,12 @@ import mlx.core as mx
 import pytest
 import small_models
 from click.testing import CliRunner
-from test_gguf import gguf_tensors, reference_model, write_gguf
-
-from mlx_flashhead.attach import HeadNotFound
 from mlx_flashhead.convert import convert, pipeline, staging
 from mlx_flashhead.convert.cli import main
 from mlx_flashhead.convert.staging import StagingError
+from test_gguf import gguf_tensors, reference_model, write_gguf
+
+from mlx_flashhead.attach import HeadNotFound
 
 CASES = {}
 

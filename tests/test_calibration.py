@@ -7,14 +7,14 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from small_heads import implied, unpack
-
-from mlx_flashhead import FlashHead
 from mlx_flashhead.convert import calibrate, pack
 from mlx_flashhead.convert.calibrate import CalibrationError, States, read_documents
 from mlx_flashhead.convert.cluster import cluster, directions
 from mlx_flashhead.convert.pipeline import build_head
 from mlx_flashhead.convert.recipes import RECIPES
+from small_heads import implied, unpack
+
+from mlx_flashhead import FlashHead
 from mlx_flashhead.fidelity import measure, n_blocks
 from mlx_flashhead.head import ALWAYS
 from mlx_flashhead.table import Table

@@ -298,7 +298,9 @@ def test_logprobs_are_exact_where_scored_and_estimated_elsewhere(transform, bias
     np.testing.assert_allclose(found, logits, atol=1e-4)
     np.testing.assert_allclose(
         np.array(full_logits(head, mx.array(x)))
-        - np.array(mx.logsumexp(full_logits(head, mx.array(x)), axis=-1, keepdims=True)),
+        - np.array(
+            mx.logsumexp(full_logits(head, mx.array(x)), axis=-1, keepdims=True)
+        ),
         found,
         atol=1e-5,
     )
@@ -510,7 +512,16 @@ def test_fit(scale, cap):
         lambda x: x * np.nan,
         lambda x: x / (1 + x / 30),
     ],
-    ids=["shift", "negated", "zero", "clipped", "square", "log-softmax", "nan", "ratio"],
+    ids=[
+        "shift",
+        "negated",
+        "zero",
+        "clipped",
+        "square",
+        "log-softmax",
+        "nan",
+        "ratio",
+    ],
 )
 def test_fit_refuses_what_it_cannot_say(function):
     assert Transform.fit(KNOWN, function(KNOWN)) is None

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import small_models
 from mlx.utils import tree_flatten
+from mlx_flashhead.convert import calibrate, convert, pipeline
 from mlx_lm.utils import load_model
 from small_heads import unpack
 from test_gguf import gguf_tensors, reference_model, write_gguf
 
 from mlx_flashhead import FlashHead, flash_heads, load
 from mlx_flashhead.attach import find_head, get_module, head_table
-from mlx_flashhead.convert import calibrate, convert, pipeline
 from mlx_flashhead.files import HEAD_FILE, head_config
 from mlx_flashhead.head import ALWAYS
 from mlx_flashhead.table import Table

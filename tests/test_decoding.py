@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import small_models
 from mlx.utils import tree_flatten
+from mlx_flashhead.convert import convert
 from mlx_lm import perplexity, utils
 from mlx_lm.models import cache as caches
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_flashhead import FlashHead, decode, flash_heads, load, patch, patched, unpatch
-from mlx_flashhead.convert import convert
 
 generate = importlib.import_module("mlx_lm.generate")
 STOCK = [
@@ -143,7 +143,7 @@ def test_a_prompt_cache_goes_on(untied_folder, retrieving):
 
 PROCESSORS = [
     {"logit_bias": {5: 3.0, 700: 100.0}},
-    {"logit_bias": {i: -100.0 for i in range(0, 1003, 3)}},
+    {"logit_bias": dict.fromkeys(range(0, 1003, 3), -100.0)},
     {"repetition_penalty": 1.5},
     {"presence_penalty": 2.0, "presence_context_size": 5},
     {"frequency_penalty": 1.0},
@@ -232,7 +232,8 @@ def test_logprobs_that_nobody_reads_are_not_computed(untied_folder):
     model, tokenizer = flash(untied_folder, 90)
     prompt = tokenizer.encode(PROMPT)
     lazy = [
-        found for _, found in generate.generate_step(mx.array(prompt), model, max_tokens=3)
+        found
+        for _, found in generate.generate_step(mx.array(prompt), model, max_tokens=3)
     ]
     batch = generate.BatchGenerator(model)
     batch.insert([prompt, prompt], [3, 3], samplers=[None, make_sampler(1.0)])
@@ -510,7 +511,9 @@ def adapter(folder, source, keys=None, kind="lora"):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_an_adapter_of_the_layers(untied_folder, untied_source, tmp_path, kind, retrieving):
+def test_an_adapter_of_the_layers(
+    untied_folder, untied_source, tmp_path, kind, retrieving
+):
     path = str(adapter(tmp_path / "adapter", untied_source, kind=kind))
     model, tokenizer = load(untied_folder, adapter_path=path)
     unpatch()
@@ -569,7 +572,7 @@ def test_perplexity_is_the_dense_heads(untied_folder, length):
 @pytest.fixture
 def evaluate(monkeypatch):
     """mlx_lm.evaluate, which imports a package that is large."""
-    
+
     class LM:
         pass
 
@@ -627,5 +630,7 @@ def test_models_with_caps_and_scales(tmp_path, name, retrieving, counted):
     model, tokenizer = flash(tmp_path / "made", 76)
     assert not next(flash_heads(model)).transform.identity
     assert tokens_of(model, tokenizer) == wanted
-    steps = generate.generate_step(mx.array([65]), model, max_tokens=60, sampler=sampler)
+    steps = generate.generate_step(
+        mx.array([65]), model, max_tokens=60, sampler=sampler
+    )
     assert max(token for token, _ in steps) < 603 and len(counted) >= 72

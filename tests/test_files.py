@@ -60,7 +60,14 @@ def test_a_head_comes_back_bit_for_bit(tmp_path, bits, centroid_bits, dtype, bia
     for name, value in saved.items():
         assert value.dtype == loaded[name].dtype
         assert mx.array_equal(value, loaded[name]), name
-    for name in ("vocab_size", "n_clusters", "cluster_size", "n_probes", "tail_offset", "temperatures"):
+    for name in (
+        "vocab_size",
+        "n_clusters",
+        "cluster_size",
+        "n_probes",
+        "tail_offset",
+        "temperatures",
+    ):
         assert getattr(head, name) == getattr(back, name)
     x = mx.array(random_states(3))
     assert mx.array_equal(head(x), back(x))

@@ -15,10 +15,10 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from click.testing import CliRunner
+from mlx_flashhead.convert.cli import main as convert_command
 from mlx_lm import utils
 
 from mlx_flashhead import blas, demo_model, flash_heads, load
-from mlx_flashhead.convert.cli import main as convert_command
 from mlx_flashhead.demo import main as demo_command
 from mlx_flashhead.files import HEAD_FILE, head_config
 from mlx_flashhead.generate import main as generate_command
@@ -436,9 +436,7 @@ def test_converting_and_generating_as_processes(untied_source, untied_folder, tm
 
 
 def test_demo_as_a_process(untied_folder):
-    shown = run(
-        BIN / "mlx_flashhead.demo", "--model", untied_folder, "--max-tokens", 4
-    )
+    shown = run(BIN / "mlx_flashhead.demo", "--model", untied_folder, "--max-tokens", 4)
     assert shown.returncode == 0, shown.stderr
     assert "FlashHead ran at" in shown.stdout
 

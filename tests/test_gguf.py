@@ -26,17 +26,16 @@ import pytest
 import sentencepiece
 from gguf import GGMLQuantizationType as Quant
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.gguf import permute_weights
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
-from real_models import gemma_gguf, smollm_gguf
-from transformers import AutoTokenizer
-
 from mlx_flashhead.convert import gguf as convert_gguf
 from mlx_flashhead.convert.gguf import GGUFError, read_gguf, rope
 from mlx_flashhead.convert.gguf.quantization import floats
 from mlx_flashhead.convert.gguf.reader import read_file
 from mlx_flashhead.convert.gguf.tokenizer import build_tokenizer
+from mlx_lm.gguf import permute_weights
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+from real_models import gemma_gguf, smollm_gguf
+from transformers import AutoTokenizer
 
 REFERENCE = json.loads(
     (Path(__file__).parent / "data/encodings.json").read_text(encoding="utf-8")

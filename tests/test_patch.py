@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import small_models
 from mlx.utils import tree_flatten
+from mlx_flashhead.convert import convert
 from mlx_lm import utils
 from mlx_lm.sample_utils import make_sampler
 from small_heads import unpack
 
 import mlx_flashhead
 from mlx_flashhead import FlashHead, flash_heads, load, patch, patched, unpatch
-from mlx_flashhead.convert import convert
 from mlx_flashhead.files import HEAD_FILE
 from mlx_flashhead.head import FlashEmbedding
 from mlx_flashhead.patch import PatchError

@@ -24,15 +24,15 @@ import mlx_lm
 import numpy as np
 import pytest
 import real_models
+from mlx_flashhead.convert import calibrate
+from mlx_flashhead.convert.pipeline import build_head
+from mlx_flashhead.convert.recipes import RECIPES
 from mlx_lm.utils import load_model
 
 import mlx_flashhead
 from mlx_flashhead import convert as converter
 from mlx_flashhead import flash_heads, load
 from mlx_flashhead.attach import get_module, head_table
-from mlx_flashhead.convert import calibrate
-from mlx_flashhead.convert.pipeline import build_head
-from mlx_flashhead.convert.recipes import RECIPES
 
 GIB = 2**30
 PASSAGES = [

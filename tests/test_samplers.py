@@ -138,9 +138,12 @@ OTHERS = {
     "elsewhere": types.FunctionType(
         REAL.__code__, {}, "sampler", None, REAL.__closure__
     ),
-    "other module": named(a_twin([], 0.7), types.SimpleNamespace(
-        __module__="my_samplers", __qualname__=REAL.__qualname__, __name__="sampler"
-    )),
+    "other module": named(
+        a_twin([], 0.7),
+        types.SimpleNamespace(
+            __module__="my_samplers", __qualname__=REAL.__qualname__, __name__="sampler"
+        ),
+    ),
     "greedy's name": functools.wraps(sample_utils.greedy_sampler)(lambda x: x[:, 0]),
     "added method": altered(
         lambda: make_sampler(0.7), sampling_methods=[lambda x: x * 0]
@@ -148,7 +151,9 @@ OTHERS = {
     "a method twice": altered(
         lambda: make_sampler(0.7),
         sampling_methods=2
-        * next(c.cell_contents for c in REAL.__closure__ if type(c.cell_contents) is list),
+        * next(
+            c.cell_contents for c in REAL.__closure__ if type(c.cell_contents) is list
+        ),
     ),
     "temperature of an array": altered(lambda: make_sampler(0.7), temp=mx.array(0.7)),
     "no temperature": altered(lambda: make_sampler(0.7), temp=0.0),
@@ -193,7 +198,12 @@ def test_every_argument_of_make_logits_processors_is_read(bias, penalties, sizes
 
 
 def test_no_processors_are_read():
-    assert read_processors(None, 5000) == read_processors([], 5000) == read_processors((), 5000) == []
+    assert (
+        read_processors(None, 5000)
+        == read_processors([], 5000)
+        == read_processors((), 5000)
+        == []
+    )
 
 
 def a_twin_penalty(penalty, context_size):
@@ -217,7 +227,15 @@ BIAS = make_logits_processors({5: 1.0})[0]
         # Python's negative indices, which mlx-lm resolves.
         make_logits_processors({-1: 5.0})[0],
     ],
-    ids=["lambda", "partial", "wrapped", "twin", "no size", "whole text", "negative id"],
+    ids=[
+        "lambda",
+        "partial",
+        "wrapped",
+        "twin",
+        "no size",
+        "whole text",
+        "negative id",
+    ],
 )
 def test_one_unknown_processor_leaves_all_to_mlx_lm(other):
     assert read_processors([PENALTY, BIAS], 5000) is not None
@@ -324,7 +342,9 @@ def test_a_read_penalty_is_mlx_lms_own():
     assert np.allclose(logits, [[2, 3, -4.5]])
 
 
-@pytest.mark.parametrize("token, known", [(-1, False), (0, True), (9, True), (10, False)])
+@pytest.mark.parametrize(
+    "token, known", [(-1, False), (0, True), (9, True), (10, False)]
+)
 def test_a_bias_of_tokens_that_do_not_exist_is_not_ours(token, known):
     made = sample_utils.make_logits_processors({3: 1.0, token: 2.0})
     assert (read_processors(made, 10) is not None) == known

@@ -106,7 +106,9 @@ def test_completions_and_chats(client):
     assert len(whole) > 3
     assert streamed(client) == whole
     pieces = complete(client, stream=True)
-    assert "".join(p.choices[0].text for p in pieces) == complete(client).choices[0].text
+    assert (
+        "".join(p.choices[0].text for p in pieces) == complete(client).choices[0].text
+    )
     usage = complete(client).usage
     assert usage.completion_tokens == 10 and usage.prompt_tokens == len(PROMPT)
 
@@ -233,9 +235,10 @@ def test_run_generates_as_the_function_does(untied_folder):
     few = run("mlx_flashhead.run", "--n-probes", "1", *words)
     assert "Generation: 8 tokens" in few.stdout and wanted not in few.stdout
     off = run("mlx_flashhead.run", "--n-probes", "1", *words, MLX_FLASHHEAD="0")
-    assert off.stdout.split("====")[1] == run(
-        "mlx_flashhead.run", "--dense", *words
-    ).stdout.split("====")[1]
+    assert (
+        off.stdout.split("====")[1]
+        == run("mlx_flashhead.run", "--dense", *words).stdout.split("====")[1]
+    )
 
 
 def test_chat(untied_folder):
