@@ -7,10 +7,11 @@ import numpy as np
 
 from mlx_flashhead.fidelity import measure, n_blocks
 from mlx_flashhead.head import ALWAYS, FlashHead
-from mlx_flashhead.linalg import BLOCK, matmul
+from mlx_flashhead.linalg import matmul
 from mlx_flashhead.table import Table
 from mlx_flashhead.transform import Transform
 
+from . import masses
 from .cluster import Clustering
 from .progress import Progress, silent
 
@@ -62,11 +63,11 @@ def fitted_centroids(
     solve = np.linalg.solve(scatter + ridge, centred.T).T.astype(np.float32)
     right = np.ascontiguousarray(states.T)
     title = "Fitting centroids"
-    for s, real, logits in _logits(clustering, weight, right, bias, progress, title):
-        best = np.max(logits, axis=1, where=real[..., None], initial=-np.inf)
-        logits -= best[:, None]
-        mass = np.sum(np.exp(logits, out=logits), axis=1, where=real[..., None])
-        lacking = best + np.log(mass) - matmul(centroids[s], right)
+    for s, real, logits in masses.logits(
+        clustering, weight, right, bias=bias, title=title, progress=progress
+    ):
+        lacking = masses.log_mass(logits, real, scratch=logits)
+        lacking -= matmul(centroids[s], right)
         lacking -= lacking.mean(-1, keepdims=True)
         centroids[s] += matmul(lacking, solve)
     return centroids
@@ -191,44 +192,23 @@ def _statistics(head, clustering, weight, states, bias, progress):
     excess = np.empty((len(TEMPERATURES), c), np.float32)
     right = np.ascontiguousarray(states.T)
     title = "Calibration: clusters"
-    for s, real, logits in _logits(clustering, weight, right, bias, progress, title):
+    for s, real, logits in masses.logits(
+        clustering, weight, right, bias=bias, title=title, progress=progress
+    ):
         score = matmul(centroids[s], right)
+        sizes = real.sum(-1)
         if bias is not None:
-            of_rows = np.where(real, bias[_rows(clustering, s)], 0)
-            score += (of_rows.sum(-1) / real.sum(-1))[:, None]
-        best = np.max(logits, axis=1, where=real[..., None], initial=-np.inf)
-        gain = best - score
+            of_rows = np.where(real, bias[masses.rows_of(clustering, s)], 0)
+            score += (of_rows.sum(-1) / sizes)[:, None]
+        gain = masses.best(logits, real) - score
         spread[s] = gain.mean(-1) + gain.std(-1)
-        some = slice(None, None, MASS_STRIDE)
-        best, score = transform(best[:, some]), transform(score[:, some])
-        below = transform(logits[..., some]) - best[:, None]
+        some = transform(logits[..., ::MASS_STRIDE])
+        score = transform(score[:, ::MASS_STRIDE])
+        scratch = np.empty(some.shape, np.float32)
         for i, t in enumerate(TEMPERATURES):
-            mass = np.sum(np.exp(below / t), axis=1, where=real[..., None])
-            log_mean = np.log(mass / real.sum(-1)[:, None])
-            excess[i, s] = ((best - score) / t + log_mean).mean(-1)
+            lacking = masses.log_mass(some, real, t, scratch) - score / t
+            excess[i, s] = lacking.mean(-1) - np.log(sizes)
     return spread, excess
-
-
-def _rows(clustering: Clustering, s: slice) -> np.ndarray:
-    """The rows of clusters s, ``[., m]``; some row that exists for padding."""
-    ids = clustering.token_ids[s]
-    return np.where(ids < clustering.vocab_size, ids, 0)
-
-
-def _logits(clustering, weight, right, bias, progress, title):
-    """Some clusters at a time: which, what of their rows is no padding ``[., m]``, and
-    the rows' logits ``[., m, n]`` for the states ``right [D, n]``."""
-    c, m = clustering.token_ids.shape
-    step_size = max(1, BLOCK // (right.shape[1] * m))
-    with progress(title, -(-c // step_size)) as step:
-        for start in range(0, c, step_size):
-            s = slice(start, min(c, start + step_size))
-            rows = _rows(clustering, s)
-            logits = matmul(weight[rows.reshape(-1)], right).reshape(*rows.shape, -1)
-            if bias is not None:
-                logits += bias[rows][..., None]
-            yield s, clustering.token_ids[s] < clustering.vocab_size, logits
-            step()
 
 
 def _with(head: FlashHead, spread, excess, tail_offset) -> FlashHead:

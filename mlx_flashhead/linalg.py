@@ -16,11 +16,14 @@ def on_gpu() -> bool:
     return mx.default_device() == mx.Device(mx.gpu)
 
 
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray | mx.array:
+    """``a [n, k] @ b [k, m]`` in float32, left where it was computed."""
+    return mx.array(a) @ mx.array(b) if on_gpu() else a @ b
+
+
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """``a [n, k] @ b [k, m]`` in float32."""
-    if not on_gpu():
-        return a @ b
-    return np.array(mx.array(a) @ mx.array(b))
+    return np.array(product(a, b)) if on_gpu() else a @ b
 
 
 def blocks(n: int, width: int) -> Iterator[slice]:
