@@ -9,6 +9,7 @@ token is probed), agreement (and is chosen), KL(dense || FlashHead) in nats per 
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 import time
@@ -35,9 +36,25 @@ from mlx_flashhead.fidelity import measure
 @click.option("--rows", "shares", multiple=True, type=float, help="Rows read, in %.")
 @click.option("--seed", "seeds", multiple=True, type=int, default=[0])
 @click.option("--recipe", "recipes", multiple=True, default=list(RECIPES))
+@click.option("--centroid-bits", "bits", multiple=True, type=int, default=[4])
+@click.option(
+    "--leave-out",
+    multiple=True,
+    help="Domain of the built-in calibration text to do without: ru, code (also code-c).",
+)
 @click.option("--json", "json_path", help="Write the figures here, too.")
 def main(
-    gguf_path, hf_path, texts, tokens, cluster_size, shares, seeds, recipes, json_path
+    gguf_path,
+    hf_path,
+    texts,
+    tokens,
+    cluster_size,
+    shares,
+    seeds,
+    recipes,
+    bits,
+    leave_out,
+    json_path,
 ):
     with tempfile.TemporaryDirectory() as workspace:
         if gguf_path:
@@ -48,9 +65,7 @@ def main(
         path = find_head(model)
         table = head_table(get_module(model, path))
         runner = source.load_for_calibration()
-        states = calibrate.collect(
-            runner, tokenizer, path, calibrate.read_documents(None)
-        )
+        states = calibrate.collect(runner, tokenizer, path, _documents(leave_out))
         sets = {"held out": states.held_out}
         for text in texts:
             ids = tokenizer.encode(Path(text).read_text())[: tokens + 1]
@@ -59,10 +74,12 @@ def main(
         weight = np.array(table.dequantize(mx.float32))
     stops = list(tokenizer.eos_token_ids)
     figures = []
-    header = "| recipe | seed | rows read | text | tokens | recall | agreement | KL |"
-    click.echo(f"{header}\n{'| --- ' * 8}|")
+    header = (
+        "| recipe | seed | bits | rows read | text | tokens | recall | agreement | KL |"
+    )
+    click.echo(f"{header}\n{'| --- ' * 9}|")
     for recipe in recipes:
-        for seed in seeds:
+        for seed, centroid_bits in itertools.product(seeds, bits):
             start = time.perf_counter()
             head = build_head(
                 table,
@@ -71,6 +88,7 @@ def main(
                 states,
                 RECIPES[recipe],
                 cluster_size=cluster_size,
+                centroid_bits=centroid_bits,
                 seed=seed,
                 stop_tokens=stops,
             )
@@ -82,6 +100,7 @@ def main(
                     row = {
                         "recipe": recipe,
                         "seed": seed,
+                        "centroid_bits": centroid_bits,
                         "rows_read": head.rows_read() / head.vocab_size,
                         "text": name,
                         "tokens": len(h),
@@ -91,13 +110,25 @@ def main(
                     }
                     figures.append(row)
                     click.echo(
-                        f"| {recipe} | {seed} | {100 * row['rows_read']:.1f} % | {name} "
+                        f"| {recipe} | {seed} | {centroid_bits} | "
+                        f"{100 * row['rows_read']:.1f} % | {name} "
                         f"| {len(h):,} | {100 * row['recall']:.2f} | "
                         f"{100 * row['agreement']:.2f} | {row['kl']:.4f} |"
                     )
             click.echo(f"(clustered in {seconds:.0f} s)", err=True)
     if json_path:
         Path(json_path).write_text(json.dumps(figures, indent=1))
+
+
+def _documents(leave_out):
+    """The built-in calibration text without some domains."""
+    documents = []
+    for line in calibrate.DEFAULT_TEXT.read_text().split("\n"):
+        if line.strip():
+            document = json.loads(line)
+            if document["domain"].split("-")[0] not in leave_out:
+                documents.append(document["text"])
+    return documents
 
 
 def _probes(head, shares):
