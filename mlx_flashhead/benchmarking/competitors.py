@@ -21,8 +21,10 @@ from ..attach import (
     head_table,
     is_tied,
     set_module,
+    watching,
 )
 from ..candidates import draw, fits
+from ..decode import hidden_state
 from ..files import head_config
 from ..head import FlashHead
 from ..load import load
@@ -124,8 +126,21 @@ class Competitor:
         mx.eval(flash(mx.zeros((1, head.hidden_size)), mx.random.key(0)))
         return flash
 
+    def states(self, batch_size: int) -> mx.array:
+        """Hidden states ``[B, D]`` as the head is given them."""
+        ids = self.tokenizer.encode("The history of the steam engine")
+        tokens = mx.array([ids] * batch_size)
+        model = self.place()
+        if isinstance(self.head, FlashHead):
+            return hidden_state(self.head, model, tokens)[:, -1]
+        with watching(model, self.path) as seen:
+            model(tokens)
+        return seen.states[-1][:, -1]
 
-def heads(folder: str | Path, kinds: Iterable[str]) -> tuple[list[Competitor], str]:
+
+def heads(
+    folder: str | Path, kinds: Iterable[str], n_probes: int | None = None
+) -> tuple[list[Competitor], str]:
     """The heads of a converted folder on one body, and what is to say of them.
 
     The unquantized head is the folder's dense head, dequantized where it is stored
@@ -141,7 +156,7 @@ def heads(folder: str | Path, kinds: Iterable[str]) -> tuple[list[Competitor], s
         )
     model, tokenizer = load(folder, dense=True)
     # Lazily: only the head of this one is ever read.
-    loaded, _ = load(folder, lazy=True)
+    loaded, _ = load(folder, lazy=True, n_probes=n_probes)
     flash = next(flash_heads(loaded), None)
     if flash is None:
         raise ValueError(

@@ -107,13 +107,12 @@ class Meter:
         self._parse = parse
         self._lines: list[tuple[float, str]] = []
 
-    def joules(self, begin: float, end: float) -> float | None:
-        """Energy used between two times of ``time.perf_counter``."""
+    def samples(self) -> list[Sample]:
+        """What was sampled until now."""
         if self._parse is None:
-            return None
-        if end > time.perf_counter() - 2e-3 * INTERVAL:
-            time.sleep(2e-3 * INTERVAL)  # for the sample that the end is in
-        return joules(self._parse(list(self._lines)), begin, end)
+            return []
+        time.sleep(2e-3 * INTERVAL)  # for the sample that now is in
+        return list(self._parse(list(self._lines)))
 
     def _collect(self, stream) -> None:
         with suppress(ValueError):  # closed
