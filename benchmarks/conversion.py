@@ -56,6 +56,7 @@ def shape_of(size: str) -> dict:
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_hidden_layers": 2,
+        "sliding_window_pattern": 2,
         "intermediate_size": 4 * hidden_size,
         "head_dim": hidden_size // 4,
     }
@@ -153,8 +154,8 @@ def show(found: dict) -> None:
     click.echo(
         f"\n{found['size']}: V {found['vocab_size']:,}, D {found['hidden_size']:,}, "
         f"{found['num_hidden_layers']} layers, made weights: {found['seconds']:.0f} s "
-        f"({found['cpu_seconds']:.0f} s of CPU), peak {found['peak_bytes'] / 2**30:.2f} "
-        "GiB"
+        f"({found['cpu_seconds']:.0f} s of CPU), "
+        f"peak {found['peak_bytes'] / 2**30:.2f} GiB"
     )
     click.echo("| stage | seconds | share |")
     click.echo("| --- | ---: | ---: |")
