@@ -18,13 +18,13 @@ usage: python benchmarks/kernels.py [--steps 64] [--models NAME ...] [--predict]
 """
 
 import argparse
-import time
 from contextlib import nullcontext
 from functools import partial
 
 import mlx.core as mx
 
 from mlx_flashhead import candidates, kernels
+from mlx_flashhead.benchmarking.latency import chain, copy_bandwidth, dense_sample
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.samplers import Settings
 from mlx_flashhead.table import Table
@@ -56,57 +56,6 @@ BANDWIDTH = {
 }
 
 
-@mx.compile
-def link(start: mx.array, token: mx.array) -> mx.array:
-    """The next hidden state, which has to wait for the token."""
-    return start + (token[:, None] % 7).astype(start.dtype) * 1e-3
-
-
-def chain(step, start: mx.array, steps: int, repeats: int = 12, compiled=True) -> float:
-    """Microseconds per step of ``steps`` dependent steps, the best of ``repeats``.
-
-    ``step`` maps a hidden state and a random key to a token.
-    """
-
-    def advance(h: mx.array, key: mx.array) -> mx.array:
-        token = step(h, key)
-        return start + (token[:, None] % 7).astype(start.dtype) * 1e-3
-
-    advance = mx.compile(advance) if compiled else advance
-    # Not start itself, which the compiled function holds.
-    first = start + 0
-    mx.eval(first)
-
-    def run() -> None:
-        h = first
-        for key in keys[:steps]:
-            h = advance(h, key)
-        mx.eval(h)
-
-    run()
-    best = float("inf")
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - begin)
-    return 1e6 * best / steps
-
-
-def dense_sample(logits: mx.array, key: mx.array) -> mx.array:
-    """mlx-lm's top-p over the whole vocabulary, then a draw."""
-    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    ordered = mx.sort(logprobs, axis=-1)
-    probs = mx.exp(ordered.astype(mx.float32))
-    above = mx.cumsum(probs, axis=-1, reverse=True, inclusive=False)
-    dropped = (above >= TOP_P).sum(axis=-1, keepdims=True)
-    edge = mx.take_along_axis(ordered, dropped, axis=-1)
-    kept = mx.where(logprobs < edge, -mx.inf, logprobs)
-    return mx.random.categorical(kept * (1 / TEMPERATURE), key=key)
-
-
-keys = list(mx.random.split(mx.random.key(0), 256))
-
-
 def measure(
     vocab_size: int,
     hidden_size: int,
@@ -124,7 +73,7 @@ def measure(
     spread = mx.random.uniform(shape=(C,))
     centroids = mx.quantize(rows.reshape(C, m, D).mean(1), group_size=64, bits=4)
     packed = {bits: mx.quantize(rows, group_size=64, bits=bits) for bits in (8, 4)}
-    mx.eval(rows, states, token_ids, spread, centroids, packed, *keys)
+    mx.eval(rows, states, token_ids, spread, centroids, packed)
     product = partial(mx.quantized_matmul, transpose=True, group_size=64)
 
     def dense(bits):
@@ -187,7 +136,9 @@ def measure(
     timed = {"nothing": lambda h, key: h[:, 0].astype(mx.uint32)}
     for bits in (16, 8, 4):
         timed[f"dense {bits}-bit"] = lambda h, key, f=dense(bits): mx.argmax(f(h), -1)
-    timed["dense 8-bit, top-p"] = lambda h, key, f=dense(8): dense_sample(f(h), key)
+    timed["dense 8-bit, top-p"] = lambda h, key, f=dense(8): dense_sample(
+        f(h), key, TOP_P, TEMPERATURE
+    )
     for sampled in (False, True):
         name = ", top-p" if sampled else ""
         for bits in (16, 8, 4) if not sampled else (8,):
@@ -221,18 +172,6 @@ def measure(
         with kernels.plain() if plain else nullcontext():
             result[name] = chain(function, states[:B] + 0, steps, **options)
     return result
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second, read and written, of a large copy."""
-    a = mx.zeros((256 << 20,), dtype=mx.uint32)
-    mx.eval(a)
-    best = float("inf")
-    for i in range(6):
-        begin = time.perf_counter()
-        mx.eval(a + (i + 1))
-        best = min(best, time.perf_counter() - begin)
-    return 2 * a.nbytes / best
 
 
 def head_bytes(vocab_size: int, hidden_size: int, bits: int) -> tuple[float, float]:

@@ -1,0 +1,1 @@
+"""What ``mlx_flashhead.benchmark`` and the scripts in ``benchmarks/`` measure with."""

@@ -1,0 +1,246 @@
+"""What is compared: heads on one body, and other models as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..attach import (
+    HeadNotFound,
+    find_head,
+    find_transform,
+    flash_heads,
+    get_module,
+    head_table,
+    is_tied,
+    set_module,
+    watching,
+)
+from ..candidates import draw, fits
+from ..decode import hidden_state
+from ..files import head_config
+from ..head import FlashHead
+from ..load import load
+from ..patch import for_device
+from ..samplers import read_sampler
+from ..table import Table
+from ..transform import Transform
+from .latency import Step, on_gpu
+
+# As --heads names them.
+HEADS = ("16", "8", "4", "flash")
+
+Sampler = Callable[[mx.array], mx.array]
+
+
+class SplitEmbedding(nn.Module):
+    """Stands in for the embedding of a tied model: ``embedding`` embeds, and ``head``
+    makes the logits, so that heads differ and embeddings do not."""
+
+    def __init__(self, embedding: nn.Module, head: nn.Module):
+        super().__init__()
+        self.embedding = embedding
+        self.head = head
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return self.embedding(ids)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self.head(x)
+
+
+class DenseHead(nn.Module):
+    """Logits ``[..., V]`` of hidden states ``[..., D]`` from the rows of a table."""
+
+    def __init__(self, rows: Table, bias: mx.array | None = None):
+        super().__init__()
+        self.rows = rows
+        if bias is not None:
+            self.bias = bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.rows.matmul(x)
+        return y + self.bias if "bias" in self else y
+
+
+@dataclass
+class Competitor:
+    """A model to decode with.
+
+    Attributes:
+        name: As the tables call it.
+        kind: One of ``HEADS``, or ``"model"`` for a model of its own.
+        model: The model. Heads on one body share it.
+        tokenizer: Its tokenizer.
+        path: Module path of its head; ``None`` where that was not found.
+        head: The head. It is in place after :meth:`place`.
+        module: What stands at ``path`` with this head.
+        transform: What the model does to the head's logits, where that is known.
+        nbytes: Bytes of the parameters, as a model with this head alone holds them.
+    """
+
+    name: str
+    kind: str
+    model: nn.Module
+    tokenizer: Any
+    path: str | None
+    head: nn.Module | None
+    module: nn.Module | None
+    transform: Transform | None
+    nbytes: int
+
+    def place(self) -> nn.Module:
+        """The model, with this head in it."""
+        if self.path is not None and self.module is not None:
+            set_module(self.model, self.path, self.module)
+        return self.model
+
+    def step(self, sampler: Sampler) -> Step | None:
+        """From hidden states ``[B, D]`` to tokens ``[B]``, as decoding does it with a
+        sampler of mlx-lm's; ``None`` where the head is not known."""
+        head, transform = self.head, self.transform or Transform()
+        if head is None:
+            return None
+
+        def plain(h: mx.array, key: mx.array) -> mx.array:
+            y = transform(getattr(head, "as_linear", head)(h))
+            return sampler(y - mx.logsumexp(y, axis=-1, keepdims=True))
+
+        settings = read_sampler(sampler)
+        if not isinstance(head, FlashHead) or not fits(head, settings):
+            return plain
+
+        def flash(h: mx.array, key: mx.array) -> mx.array:
+            if head.prefers_dense(len(h), settings.sorts):
+                return plain(h, key)
+            return draw(head, settings, h, key).tokens
+
+        # Fills what a compiled step must find ready.
+        mx.eval(flash(mx.zeros((1, head.hidden_size)), mx.random.key(0)))
+        return flash
+
+    def states(self, batch_size: int) -> mx.array:
+        """Hidden states ``[B, D]`` as the head is given them."""
+        ids = self.tokenizer.encode("The history of the steam engine")
+        tokens = mx.array([ids] * batch_size)
+        model = self.place()
+        if isinstance(self.head, FlashHead):
+            return hidden_state(self.head, model, tokens)[:, -1]
+        with watching(model, self.path) as seen:
+            model(tokens)
+        return seen.states[-1][:, -1]
+
+
+def heads(
+    folder: str | Path, kinds: Iterable[str], n_probes: int | None = None
+) -> tuple[list[Competitor], str]:
+    """The heads of a converted folder on one body, and what is to say of them.
+
+    The unquantized head is the folder's dense head, dequantized where it is stored
+    quantized; the 8- and 4-bit ones are made of it as ``mlx_lm.convert -q`` would. The
+    embedding of a tied model stays the folder's for all.
+
+    Raises:
+        ValueError: The folder has no FlashHead, or its head cannot be quantized.
+    """
+    if head_config(folder) is None and Path(folder).is_dir():
+        raise ValueError(
+            f"--model {folder} has no FlashHead; make one with mlx_flashhead.convert"
+        )
+    model, tokenizer = load(folder, dense=True)
+    # Lazily: only the head of this one is ever read.
+    loaded, _ = load(folder, lazy=True, n_probes=n_probes)
+    flash = next(flash_heads(loaded), None)
+    if flash is None:
+        raise ValueError(
+            f"--model {folder} has no FlashHead, or MLX_FLASHHEAD=0 switches it off"
+        )
+    path = find_head(model)
+    stored = get_module(model, path)
+    tied = is_tied(model, path)
+    table = head_table(stored)
+    unquantized = Table(table.dequantize(), bits=8 * table.dtype.size)
+    bias = stored.get("bias")
+    body = _nbytes(model) - _nbytes(stored)
+    made = []
+    for kind in kinds:
+        if kind == "flash":
+            head = flash
+            share = 100 * head.rows_read() / head.vocab_size
+            name = f"FlashHead {head.rows.bits}-bit ({share:.1f} % of rows)"
+        elif kind == "16":
+            head = DenseHead(unquantized, bias)
+            name = f"dense {unquantized.bits}-bit"
+        else:
+            group_size = _group_size(table.hidden_size)
+            rows = Table.from_dense(unquantized.weight, int(kind), group_size)
+            head = DenseHead(rows, bias)
+            name = f"dense {kind}-bit"
+        mx.eval(head.parameters())
+        made.append(
+            Competitor(
+                name=name,
+                kind=kind,
+                model=model,
+                tokenizer=tokenizer,
+                path=path,
+                head=head,
+                module=SplitEmbedding(stored, head) if tied else head,
+                transform=flash.transform,
+                nbytes=body + _nbytes(head),
+            )
+        )
+    note = "Only the head differs; body, embedding, prompt and sampler are the same."
+    if table.quantized:
+        note += (
+            f" The folder's dense head has {table.bits} bits: the unquantized one is "
+            "made of these."
+        )
+    if not on_gpu():
+        note += " All compute in float32, the fastest on MLX's CPU back-end."
+    return made, note
+
+
+def _group_size(hidden_size: int) -> int:
+    for size in (64, 32):
+        if hidden_size % size == 0:
+            return size
+    raise ValueError(
+        f"the hidden size {hidden_size} is no multiple of 32, so there are no 8- or "
+        "4-bit heads; use --heads 16,flash"
+    )
+
+
+def other(path_or_hf_repo: str) -> Competitor:
+    """A whole other model, with its FlashHead if it has one."""
+    model, tokenizer = load(path_or_hf_repo)
+    mx.eval(for_device(model).parameters())
+    flash = next(flash_heads(model), None)
+    path, head, transform = None, flash, getattr(flash, "transform", None)
+    if flash is None:
+        with suppress(HeadNotFound):
+            path = find_head(model)
+            head = get_module(model, path)
+            transform = find_transform(model, path)
+    return Competitor(
+        name=Path(path_or_hf_repo).name,
+        kind="model",
+        model=model,
+        tokenizer=tokenizer,
+        path=path,
+        head=head,
+        module=None if path is None else head,
+        transform=transform,
+        nbytes=_nbytes(model),
+    )
+
+
+def _nbytes(module: nn.Module) -> int:
+    return sum(a.nbytes for _, a in tree_flatten(module.parameters()))

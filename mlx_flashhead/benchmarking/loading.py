@@ -1,0 +1,64 @@
+"""How long a folder takes to open, in a process of its own.
+
+    python -m mlx_flashhead.benchmarking.loading FOLDER WAY
+
+``WAY`` is ``stock`` (``mlx_lm.load``), ``dense`` or ``flash`` (``mlx_flashhead.load``
+with the dense head and with FlashHead); ``, lazy`` after it leaves the weights on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+WAYS = ("stock", "dense", "flash")
+
+
+def measure(folder: str, way: str) -> dict[str, float]:
+    """Seconds that it takes to open a folder, and the tokenizer's share of them. The
+    imports come before, and the disk's cache is as it is."""
+    import mlx.core as mx
+    import mlx_lm
+
+    import mlx_flashhead
+
+    way, _, lazy = way.partition(", ")
+    options = {"lazy": lazy == "lazy"}
+    mx.eval(mx.zeros(1))
+    begin = time.perf_counter()
+    if way == "stock":
+        mlx_lm.load(folder, **options)
+    else:
+        mlx_flashhead.load(folder, dense=way == "dense", **options)
+    seconds = time.perf_counter() - begin
+    peak = mx.get_peak_memory()
+    begin = time.perf_counter()
+    mlx_lm.utils.load_tokenizer(folder)
+    tokenizer = time.perf_counter() - begin
+    return {"seconds": seconds, "tokenizer": tokenizer, "peak_bytes": peak}
+
+
+def in_turn(folders: list[str], ways: list[str], repeats: int) -> dict:
+    """:func:`measure` of folders and ways, in turn, by ``(folder, way)``: a list of
+    ``repeats`` each. A first round, which fills the disk's cache, is dropped.
+
+    Raises:
+        RuntimeError: A folder does not open.
+    """
+    found: dict = {(f, w): [] for f in folders for w in ways}
+    for repeat in range(repeats + 1):
+        for folder, way in found:
+            command = [sys.executable, "-m", __name__, folder, way]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                last = done.stderr.strip().splitlines()[-1:]
+                raise RuntimeError(f"{folder} does not open: {' '.join(last)}")
+            if repeat:
+                found[folder, way].append(json.loads(done.stdout.splitlines()[-1]))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(*sys.argv[1:])))
