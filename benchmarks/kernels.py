@@ -186,8 +186,10 @@ def measure(
 
     timed = {"nothing": lambda h, key: h[:, 0].astype(mx.uint32)}
     for bits in (16, 8, 4):
-        timed[f"dense {bits}-bit"] = lambda h, key, f=dense(bits): mx.argmax(f(h), -1)
-    timed["dense 8-bit, top-p"] = lambda h, key, f=dense(8): dense_sample(f(h), key)
+        f = dense(bits)
+        timed[f"dense {bits}-bit"] = lambda h, key, f=f: mx.argmax(f(h), -1)
+    packed_8 = dense(8)
+    timed["dense 8-bit, top-p"] = lambda h, key: dense_sample(packed_8(h), key)
     for sampled in (False, True):
         name = ", top-p" if sampled else ""
         for bits in (16, 8, 4) if not sampled else (8,):
@@ -266,8 +268,8 @@ def show(result: dict[str, float], V: int, D: int, bandwidth: float) -> None:
     )
 
 
-# What a step took beyond its bytes on an NVIDIA H200, in microseconds: launches that wait
-# for each other, and kernels of a single threadgroup.
+# What a step took beyond its bytes on an NVIDIA H200, in microseconds: launches that
+# wait for each other, and kernels of a single threadgroup.
 BEYOND_BYTES = {"dense": 10, "FlashHead": 50}
 
 

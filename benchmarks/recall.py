@@ -91,8 +91,8 @@ def main(
                     }
                     figures.append(row)
                     click.echo(
-                        f"| {recipe} | {seed} | {100 * row['rows_read']:.1f} % | {name} "
-                        f"| {len(h):,} | {100 * row['recall']:.2f} | "
+                        f"| {recipe} | {seed} | {100 * row['rows_read']:.1f} % "
+                        f"| {name} | {len(h):,} | {100 * row['recall']:.2f} | "
                         f"{100 * row['agreement']:.2f} | {row['kl']:.4f} |"
                     )
             click.echo(f"(clustered in {seconds:.0f} s)", err=True)
