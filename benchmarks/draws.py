@@ -107,7 +107,8 @@ def main(path, draws, batch, temperatures, seed) -> None:
     head = Replayed(tables)
     click.echo(f"{Path(path).name}, {draws:,} draws each, {mx.default_device()}")
     click.echo(
-        f"{'state':26}{'T':>5}{'tail mass':>11}{'drawn':>9}{'chi2':>10}{'dof':>7}{'p':>9}"
+        f"{'state':26}{'T':>5}{'tail mass':>11}{'drawn':>9}"
+        f"{'chi2':>10}{'dof':>7}{'p':>9}"
     )
     worst = []
     for i, name in enumerate(tables["names"]):
@@ -129,7 +130,8 @@ def main(path, draws, batch, temperatures, seed) -> None:
             worst.append(value)
             click.echo(
                 f"{name[:22] + ' ' + str(i):26}{t:5.2f}{p[~probed].sum():11.5f}"
-                f"{laid[~probed].sum() / laid.sum():9.5f}{statistic:10.1f}{k:7}{value:9.4f}"
+                f"{laid[~probed].sum() / laid.sum():9.5f}"
+                f"{statistic:10.1f}{k:7}{value:9.4f}"
             )
     # Of n honest p-values the smallest is below x with probability 1 - (1 - x)^n.
     low, n = min(worst), len(worst)

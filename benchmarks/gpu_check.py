@@ -11,6 +11,7 @@ import argparse
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -42,7 +43,7 @@ def correct() -> bool:
         spread = mx.random.normal((C,))
         same(
             f"select_probes C {C} p {p}",
-            lambda: kernels.select_probes(scores, p, spread=spread),
+            partial(kernels.select_probes, scores, p, spread=spread),
         )
     for K in (1, 1000, 16_384, 40_000):
         logits = mx.random.normal((4, K)) * 3
@@ -50,8 +51,12 @@ def correct() -> bool:
             for seed in range(20):
                 same(
                     f"sample K {K} {settings} seed {seed}",
-                    lambda: kernels.sample(
-                        logits, mx.random.key(seed), temperature=0.8, **settings
+                    partial(
+                        kernels.sample,
+                        logits,
+                        mx.random.key(seed),
+                        temperature=0.8,
+                        **settings,
                     ),
                 )
     failed += [

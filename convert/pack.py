@@ -137,8 +137,8 @@ def pack(
 
 
 def _scales(dtype: mx.Dtype, weight: np.ndarray) -> mx.Dtype:
-    """Dtype of the scales of quantized rows. bfloat16 is too coarse for 8 bits: it costs
-    more agreement with the unquantized head than the rounding of the weights."""
+    """Dtype of the scales of quantized rows. bfloat16 is too coarse for 8 bits: it
+    costs more agreement with the unquantized head than the rounding of the weights."""
     return mx.float16 if dtype == mx.bfloat16 and np.abs(weight).max() < 6e4 else dtype
 
 

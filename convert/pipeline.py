@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,8 @@ class Report:
                 f"{self.n_clusters:,} clusters of {self.cluster_size}; "
                 f"{self.n_probes:,} probed",
                 f"Read a token  {self.flash_bytes / 1e6:.1f} MB ({self.head_bits}-bit "
-                f"rows, {self.centroid_bits}-bit centroids); dense {self.dense_bits}-bit "
-                f"{self.dense_bytes / 1e6:.1f} MB; "
+                f"rows, {self.centroid_bits}-bit centroids); dense "
+                f"{self.dense_bits}-bit {self.dense_bytes / 1e6:.1f} MB; "
                 f"{self.dense_bytes / self.flash_bytes:.1f} times less",
                 f"Held-out text {self.held_out_tokens:,} tokens: recall "
                 f"{100 * self.recall:.2f} %, same best token "
@@ -257,7 +258,7 @@ def build_head(
     cluster_size: int = 16,
     n_probes: int | None = None,
     seed: int = 0,
-    stop_tokens: list[int] = [],
+    stop_tokens: Sequence[int] = (),
     transform: Transform | None = Transform(),
     progress: Progress = silent,
 ) -> FlashHead:

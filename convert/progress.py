@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import ContextManager
 
 from tqdm import tqdm
 
 Step = Callable[[], None]
-Progress = Callable[[str, int], ContextManager[Step]]
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Step]]
 
 
 @contextlib.contextmanager

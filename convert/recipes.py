@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-# Vocabularies up to this size get clusters of frequent tokens, probed at every step and
-# beyond the default number of probes: there a single badly placed frequent token costs a
-# point of recall.
+# Vocabularies up to this size get clusters of frequent tokens, probed at every step
+# and beyond the default number of probes: there a single badly placed frequent token
+# costs a point of recall.
 SMALL_VOCABULARY = 160_000
 # Low ids are frequent: byte-pair ids follow the order of the merges.
 N_FREQUENT = 1024
@@ -20,8 +21,8 @@ class Recipe:
 
     Attributes:
         hidden_state_metric: Cluster in the metric of calibration states.
-        fitted_centroids: Centroids are fitted to the log-mass of their cluster; else they
-            are unit directions.
+        fitted_centroids: Centroids are fitted to the log-mass of their cluster; else
+            they are unit directions.
         spread: Add the calibrated bonus to a cluster's score.
         always: Keep clusters that are probed at every step.
     """
@@ -40,7 +41,7 @@ RECIPES = {
 
 
 def always_tokens(
-    vocab_size: int, cluster_size: int, n_probes: int, stop_tokens: list[int]
+    vocab_size: int, cluster_size: int, n_probes: int, stop_tokens: Sequence[int]
 ) -> np.ndarray:
     """Tokens in the clusters that are probed at every step: those that end a text,
     so that no answer runs on for want of them, and in small vocabularies the most

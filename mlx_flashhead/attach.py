@@ -132,7 +132,8 @@ def find_head(model: nn.Module) -> str:
     wide = sorted({p for p, width in made}, key=len)[:8] or sorted(layers)[:8]
     looked = ", ".join(tried) if tried else f"{', '.join(wide)} and others"
     raise HeadNotFound(
-        f"no linear or embedding layer makes the {vocab_size} logits; looked at {looked}"
+        f"no linear or embedding layer makes the {vocab_size} logits; "
+        f"looked at {looked}"
     )
 
 

@@ -312,7 +312,7 @@ def _draw_batch(
             request.settings if simple and not request.theirs else e, []
         ).append(e)
     order, tokens, lazy = [], [], []
-    for name, rows in groups.items():
+    for rows in groups.values():
         states = h if len(rows) == len(requests) else h[mx.array(rows)]
         request = requests[rows[0]]
         settings, processors = request.settings, request.processors

@@ -53,7 +53,8 @@ def compare(folder: str | Path, prompt: str, max_tokens: int) -> None:
     dense_tps, flash_tps = speeds.values()
     measured = section["measured"]
     click.echo(
-        f"\nFlashHead ran at {flash_tps / dense_tps:.2f} times the dense head's speed.\n"
+        f"\nFlashHead ran at {flash_tps / dense_tps:.2f} times "
+        "the dense head's speed.\n"
         f"Recall {100 * measured['recall']:.2f} % and KL {measured['kl']:.4f} nats on "
         f"{measured['held_out_tokens']:,} held-out tokens, as measured when "
         f"{folder} was converted."

@@ -223,8 +223,8 @@ class FlashHead(nn.Module):
         return self._unpacked[1]
 
     def log_weights(self, temperature: float) -> mx.array:
-        """What turns a centroid's logit over the temperature into the log of its cluster's
-        expected mass at that temperature, float32 ``[C]``, in nats. Linear in
+        """What turns a centroid's logit over the temperature into the log of its
+        cluster's expected mass at that temperature, float32 ``[C]``, in nats. Linear in
         ``1 / T`` between the temperatures of the fit and beyond them; at infinite T
         nothing but the number of the cluster's tokens counts."""
         key = (temperature, self.tail_offset)
@@ -314,7 +314,7 @@ class FlashHead(nn.Module):
         return self._position[ids]
 
     def candidates(self, x: mx.array) -> Candidates:
-        """Ids and exact logits ``[..., p * m]`` of what is probed for ``x [..., D]``."""
+        """Ids and exact logits ``[..., p * m]`` of what ``x [..., D]`` probes."""
         h = x.reshape(-1, x.shape[-1])
         probes = self.select(self.mean_logits(h))
         shape = (*x.shape[:-1], self.n_probes * self.cluster_size)

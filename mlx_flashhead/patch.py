@@ -199,8 +199,10 @@ _KNOWN: list[tuple[Callable[[], Any], list[str], set[str]]] = [
     ),
     (
         lambda: _generate.speculative_generate_step,
-        ["prompt", "model", "draft_model", "stream", "num_draft_tokens", "max_tokens"]
-        + ["sampler", "logits_processors"],
+        [
+            *["prompt", "model", "draft_model", "stream", "num_draft_tokens"],
+            *["max_tokens", "sampler", "logits_processors"],
+        ],
         set(),
     ),
     (

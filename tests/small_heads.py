@@ -145,8 +145,8 @@ def expected(head: FlashHead, x: np.ndarray) -> Expected:
 
 
 def implied(head: FlashHead, x: np.ndarray, temperature: float) -> np.ndarray:
-    """The distribution ``[B, V]`` that sampling at a temperature is to have, in float64:
-    exact where probed, expected masses elsewhere, exact again within a cluster."""
+    """The distribution ``[B, V]`` that sampling at a temperature is to have, in
+    float64: exact where probed, expected masses elsewhere, exact again in a cluster."""
     want = expected(head, x)
     token_ids = np.array(head.token_ids)
     sizes = (token_ids < head.vocab_size).sum(1)

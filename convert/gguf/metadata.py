@@ -67,6 +67,7 @@ class Metadata:
     def _typed(self, key: str, default: Any, kind: Any) -> Any:
         value = self.values.get(key, default)
         # A bool is an int to Python, and never to GGUF.
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind != bool):
+        stray_bool = isinstance(value, bool) and kind is not bool
+        if not isinstance(value, kind) or stray_bool:
             raise self.bad(key)
         return value

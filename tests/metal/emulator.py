@@ -115,7 +115,7 @@ def _runtime(compiler: Compiler) -> Path:
     key = f"{compiler}{source.read_text()}"
 
     def make(path: Path) -> None:
-        flags = _flags(compiler) + ["-std=c++17"]
+        flags = [*_flags(compiler), "-std=c++17"]
         _execute([*compiler.command, *flags, "-c", str(source), "-o", str(path)])
         trial = path.with_name("trial.cpp")
         trial.write_text('extern "C" void emu_entry() {}')
@@ -246,7 +246,8 @@ def build(text: str) -> Path:
     def make(path: Path) -> None:
         file = path.with_suffix(".cpp")
         file.write_text(source)
-        flags = _flags(compiler) + [
+        flags = [
+            *_flags(compiler),
             "-std=c++14",
             f"-I{HERE}",
             "-fsanitize-coverage=func,trace-loads,trace-stores",
