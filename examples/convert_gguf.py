@@ -20,7 +20,8 @@ def main(gguf: str, folder: str, max_tokens: int) -> None:
     print(convert(gguf_path=gguf, mlx_path=folder))
     model, tokenizer = load(folder)
     prompt = "The capital of France is"
-    print(prompt + generate(model, tokenizer, prompt, max_tokens=max_tokens))
+    text = generate(model, tokenizer, prompt, max_tokens=max_tokens)
+    print(f"\n{prompt} {text.strip()}")
 
 
 if __name__ == "__main__":

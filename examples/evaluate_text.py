@@ -3,9 +3,15 @@
     python examples/evaluate_text.py [FOLDER] [--text FILE] [--tokens N]
 
 The reference is the dense head of the folder, on the same hidden states. Without a
-folder: the demo model, Gemma 3 270M, converted on first use. Without a text: this file.
+folder: the demo model, Gemma 3 270M, converted on first use. Without a text: the
+licence of this project.
 
-@@OUTPUT@@
+With Gemma 3 270M it prints (long lines wrapped):
+
+    1,024 probes, 12.5 % of the rows read: on 256 tokens recall 100.00 %, same best
+      token 99.61 %, KL 0.0084 nats
+    2,048 probes, 18.8 % of the rows read: on 256 tokens recall 100.00 %, same best
+      token 99.61 %, KL 0.0026 nats
 """
 
 from pathlib import Path
@@ -20,10 +26,12 @@ from mlx_flashhead.attach import get_module, head_table
 from mlx_flashhead.fidelity import measure
 from mlx_flashhead.files import head_config
 
+LICENSE = Path(__file__).parents[1] / "LICENSE"
+
 
 @click.command()
 @click.argument("folder", required=False)
-@click.option("--text", default=__file__, help="A text file.")
+@click.option("--text", default=str(LICENSE), help="A text file.")
 @click.option("--tokens", default=256, help="Tokens of it, at most.")
 def main(folder: str | None, text: str, tokens: int) -> None:
     folder = folder or str(demo_model.default()[0])

@@ -4,7 +4,21 @@
 
 Without a folder: the demo model, Gemma 3 270M, converted on first use.
 
-@@OUTPUT@@
+With Gemma 3 270M it prints (long lines wrapped):
+
+    1,024 of 16,384 clusters are probed per token
+
+    The lighthouse keeper's wife, who was a member of the family, was a member of
+      the family.
+
+    The family was in the process of moving to the
+
+    2,048 probes: The lighthouse keeper's wife, who was a member of the family, was
+      a member of the family.
+
+    The family was in the process of moving to the
+
+    9.3 tokens per second
 """
 
 import click

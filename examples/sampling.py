@@ -5,8 +5,20 @@ every other token of the vocabulary is counted and can come.
 
 Without a folder: the demo model, Gemma 3 270M, converted on first use.
 
-@@OUTPUT@@
-"""
+With Gemma 3 270M it prints (long lines wrapped):
+
+    greedy: My favourite dish is the <strong>chicken and rice</strong>. I love the
+      taste of the chicken and the rice. I love the taste of
+
+    temperature 0.8, top-p 0.95: My favourite dish is the Shrimp and Chilly Cheese.
+      We love going back to the old days when we would have to search for this dish
+
+    temperature 1, min-p 0.1: My favourite dish is a dish with a very unique
+      texture. It’s like a pasta that you can make at home. It
+
+    top-k 20, repetition penalty 1.3: My favourite dish is the Chicken and rice in
+      my family. We eat around 20-35 pieces a day, but it tastes
+"""  # noqa: RUF002
 
 import click
 import mlx.core as mx

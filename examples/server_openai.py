@@ -5,7 +5,20 @@
 
 Without a folder: the demo model, Gemma 3 270M, converted on first use.
 
-@@OUTPUT@@
+With Gemma 3 270M it prints (long lines wrapped):
+
+    The lighthouse keeper's wife, who was a member of the family, was a member of
+      the family.
+
+    The family was in
+
+    Once upon a time there was a dream.
+
+    There had been dreams before.
+
+    There were dreams before.
+
+    Dream of something big.
 """
 
 import socket

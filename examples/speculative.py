@@ -8,7 +8,12 @@ converted, for Qwen3-8B. Without --draft the target is its own draft, the target
 its dense head and the draft with FlashHead: that shows how often the two agree, but
 gains no time. Without a folder: the demo model, Gemma 3 270M, converted on first use.
 
-@@OUTPUT@@
+With Gemma 3 270M it prints (long lines wrapped):
+
+    The steam engine was invented in 1768 by the French engineer Jean-Baptiste
+      Lully. It was a powerful machine that could move heavy objects. It was used
+
+    22 of 25 draft tokens were accepted
 """
 
 import click
