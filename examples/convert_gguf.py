@@ -2,7 +2,21 @@
 
     python examples/convert_gguf.py MODEL.gguf FOLDER [--max-tokens N]
 
-@@OUTPUT@@
+With SmolLM2-135M-Instruct it prints (long lines wrapped):
+
+    Vocabulary    49,152 tokens x 576, in 3,072 clusters of 16; 256 probed
+    Read a token  3.5 MB (8-bit rows, 4-bit centroids); dense 16-bit 56.6 MB; 16.1
+      times less
+    Held-out text 776 tokens: recall 99.10 %, same best token 97.04 %, KL 0.0675
+      nats
+    Took          76 s
+    Folder        smollm2-flash
+    Try           python -m mlx_flashhead.generate --model smollm2-flash --prompt
+      "Once upon a time"
+
+    The capital of France is Paris.
+
+    The answer is: 2018-01-22
 """
 
 import click
