@@ -13,7 +13,7 @@ import click
 from tqdm import tqdm
 
 from .benchmarking import conditions, loading, report
-from .benchmarking.competitors import HEADS, heads, other
+from .benchmarking.competitors import HEADS, check, heads, other
 from .benchmarking.energy import meter
 from .benchmarking.latency import on_gpu, spread
 from .benchmarking.matrix import SAMPLERS, Cell, cells, limits, measure, n_runs
@@ -157,6 +157,9 @@ def benchmark(
     seen = dict.fromkeys(conditions.warnings())
     for warning in seen:
         click.echo(f"Warning: {warning}", err=True)
+    check(model)
+    # Before this process fills the memory.
+    opened = _loading(model, against, 1 if quick else repeats) if load else []
     competitors, note = heads(model, kinds, n_probes)
     for name in against:
         try:
@@ -194,9 +197,7 @@ def benchmark(
             seen |= dict.fromkeys(now)
         if energy:
             notes.append(power.note)
-    opened = []
     if load:
-        opened = _loading(model, against, 1 if quick else repeats)
         text.append(f"## Load\n\n{report.load_table(opened)}")
         notes.append("Load: in a new process, the disk's cache warm, imports apart.")
         click.echo(f"{text[-1]}\n")

@@ -216,7 +216,10 @@ def test_load(tied_folder, tmp_path, monkeypatch):
         (["--json", "nowhere/a.json"], "is no folder to write to"),
         (["--markdown", "."], "is a folder; give a file's name"),
         (["--plot", "a.wav"], "must end in .png, .svg or .pdf"),
-        (["--n-probes", "9999"], "n_probes must be an integer from 1 to 126"),
+        (
+            ["--n-probes", "9999", "--no-load"],
+            "n_probes must be an integer from 1 to 126",
+        ),
     ],
 )
 def test_bad_options(tied_folder, words, message):
