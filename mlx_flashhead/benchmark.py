@@ -13,12 +13,13 @@ import click
 from tqdm import tqdm
 
 from .benchmarking import conditions, loading, report
-from .benchmarking.competitors import HEADS, heads, other
+from .benchmarking.competitors import HEADS, check, heads, other
 from .benchmarking.energy import meter
 from .benchmarking.latency import on_gpu, spread
 from .benchmarking.matrix import SAMPLERS, Cell, cells, limits, measure, n_runs
 from .blas import hint
 from .cli import one_line_errors
+from .generate import _check_exists
 
 
 class Listed(click.ParamType):
@@ -147,6 +148,8 @@ def benchmark(
     command: str,
 ) -> None:
     """The command, its options by their names."""
+    for option, path in (("model", model), *(("against", a) for a in against)):
+        _check_exists(option, path)
     _check_outputs({"--json": json_path, "--markdown": markdown, "--plot": plot})
     bounds = limits(quick)
     chosen, left = cells(batch_sizes, prompt_tokens, None if everything else bounds)
@@ -154,8 +157,15 @@ def benchmark(
     seen = dict.fromkeys(conditions.warnings())
     for warning in seen:
         click.echo(f"Warning: {warning}", err=True)
+    check(model)
+    # Before this process fills the memory.
+    opened = _loading(model, against, 1 if quick else repeats) if load else []
     competitors, note = heads(model, kinds, n_probes)
-    competitors += [other(name) for name in against]
+    for name in against:
+        try:
+            competitors.append(other(name))
+        except (ValueError, OSError, KeyError, RuntimeError) as e:
+            raise ValueError(f"--against {name}: {e}") from e
 
     machine = report.machine()
     title = f"{Path(model).name} on {machine['device']}"
@@ -183,12 +193,11 @@ def benchmark(
             text.append(section)
             bar.clear()
             click.echo(f"{section}\n")
-            seen |= dict.fromkeys(conditions.warnings(before=False))
+            now = [*conditions.warnings(before=False), *power.warnings()]
+            seen |= dict.fromkeys(now)
         if energy:
             notes.append(power.note)
-    opened = []
     if load:
-        opened = _loading(model, against, 1 if quick else repeats)
         text.append(f"## Load\n\n{report.load_table(opened)}")
         notes.append("Load: in a new process, the disk's cache warm, imports apart.")
         click.echo(f"{text[-1]}\n")

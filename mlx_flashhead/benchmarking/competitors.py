@@ -138,6 +138,14 @@ class Competitor:
         return seen.states[-1][:, -1]
 
 
+def check(folder: str | Path) -> None:
+    """Raise ValueError for a local folder without a FlashHead."""
+    if Path(folder).is_dir() and head_config(folder) is None:
+        raise ValueError(
+            f"--model {folder} has no FlashHead; make one with mlx_flashhead.convert"
+        )
+
+
 def heads(
     folder: str | Path, kinds: Iterable[str], n_probes: int | None = None
 ) -> tuple[list[Competitor], str]:
@@ -150,10 +158,6 @@ def heads(
     Raises:
         ValueError: The folder has no FlashHead, or its head cannot be quantized.
     """
-    if head_config(folder) is None and Path(folder).is_dir():
-        raise ValueError(
-            f"--model {folder} has no FlashHead; make one with mlx_flashhead.convert"
-        )
     model, tokenizer = load(folder, dense=True)
     # Lazily: only the head of this one is ever read.
     loaded, _ = load(folder, lazy=True, n_probes=n_probes)

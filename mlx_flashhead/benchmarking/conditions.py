@@ -74,7 +74,7 @@ def _mac(ask: Ask) -> list[str]:
     level = re.search(r"thermal warning level:?\s*(?:=\s*)?(\d+)", therm, re.I)
     if level and int(level[1]) > 0:
         found.append(f"thermal pressure: warning level {level[1]}")
-    if re.search(r"lowpowermode\s+1", ask(["pmset", "-g"])):
+    if re.search(r"\b(low)?powermode\s+1\b", ask(["pmset", "-g"])):
         found.append("low power mode is on")
     return found
 

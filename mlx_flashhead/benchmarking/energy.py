@@ -23,6 +23,7 @@ INTERVAL = 100
 
 _ELAPSED = re.compile(r"Sampled system activity .*\(([\d.]+)ms elapsed\)")
 _POWER = re.compile(r"^Combined Power \(.*\): ([\d.]+) (m?W)\s*$")
+_PRESSURE = re.compile(r"^Current pressure level: (\w+)")
 _PART = re.compile(r"^(CPU|GPU|ANE) Power: ([\d.]+) (m?W)\s*$")
 
 
@@ -114,6 +115,12 @@ class Meter:
         time.sleep(2e-3 * INTERVAL)  # for the sample that now is in
         return list(self._parse(list(self._lines)))
 
+    def warnings(self) -> list[str]:
+        """What powermetrics says of heat."""
+        levels = (_PRESSURE.match(line) for _, line in list(self._lines))
+        worse = dict.fromkeys(m[1] for m in levels if m and m[1] != "Nominal")
+        return [f"thermal pressure: {level}" for level in worse]
+
     def _collect(self, stream) -> None:
         with suppress(ValueError):  # closed
             for line in stream:
@@ -123,7 +130,7 @@ class Meter:
 def command() -> tuple[str, list[str], object] | None:
     """Name, command line and parser of what tells the power here."""
     if platform.system() == "Darwin":
-        words = ["powermetrics", "--samplers", "cpu_power", "-i", str(INTERVAL)]
+        words = ["powermetrics", "--samplers", "cpu_power,thermal", "-i", str(INTERVAL)]
         words += ["--buffer-size", "1"]
         sudo = [] if os.geteuid() == 0 else ["sudo", "-n"]
         return "powermetrics", [*sudo, *words], read_powermetrics
