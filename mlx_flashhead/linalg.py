@@ -10,6 +10,8 @@ import numpy as np
 
 # Entries of one block of similarities or logits: 128 MiB of float32.
 BLOCK = 1 << 25
+# Its rows at most: MLX's CUDA back-end cannot sort more at once.
+MAX_ROWS = 65_535
 
 
 def on_gpu() -> bool:
@@ -28,7 +30,7 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def blocks(n: int, width: int) -> Iterator[slice]:
     """Slices that cover n rows, each of at most BLOCK entries of the given width."""
-    step = max(1, BLOCK // max(1, width))
+    step = max(1, min(MAX_ROWS, BLOCK // max(1, width)))
     for start in range(0, n, step):
         yield slice(start, min(n, start + step))
 
@@ -53,7 +55,10 @@ def nearest(
     for s in blocks(n, n_centroids):
         if gpu:
             block = mx.array(x[s]) @ right
-            best = mx.argpartition(-block, kth=k - 1, axis=-1)[:, :k]
+            if k == 1:
+                best = mx.argmax(block, axis=-1, keepdims=True)
+            else:
+                best = mx.argpartition(-block, kth=k - 1, axis=-1)[:, :k]
             value = mx.take_along_axis(block, best, axis=-1)
             best, value = np.array(best), np.array(value)
         else:
