@@ -136,6 +136,8 @@ class FlashHead(nn.Module):
 
     @property
     def n_probes(self) -> int:
+        """Clusters probed per step, p; setting it raises ValueError unless it is an
+        integer from 1 to ``n_clusters``."""
         return self._n_probes
 
     @n_probes.setter
@@ -159,6 +161,7 @@ class FlashHead(nn.Module):
 
     @property
     def hidden_size(self) -> int:
+        """Size D of the hidden states."""
         return self.rows.hidden_size
 
     @property
