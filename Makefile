@@ -1,5 +1,8 @@
 # make demo: convert Gemma 3 270M and continue a prompt, dense and with FlashHead
 # make test: the whole test suite
+# make lint: ruff and mypy
+# make test-oldest: quick tests with the oldest versions that pyproject.toml allows
+# make test-newest: the same with the newest
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -15,13 +18,31 @@ OPENBLAS := $(shell PATH=$$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | sed -n
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 endif
 
-.PHONY: demo test blas clean
+.PHONY: demo test lint test-oldest test-newest blas clean
 
 demo: .venv/demo blas
 	$(RUN) $(BIN)/mlx_flashhead.demo
 
 test: .venv/test blas
 	$(RUN) $(BIN)/python -m pytest
+
+lint: .venv/lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Of what stands between the package and the versions it allows.
+BOUNDS := head files samplers decoding patch generate convert gguf
+RESOLUTION_oldest := lowest-direct
+RESOLUTION_newest := highest
+
+test-oldest test-newest: test-%: blas
+	rm -rf .venv-$*
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q --disable-pip-version-check uv
+	.venv-$*/bin/uv pip install -q --python .venv-$*/bin/python --resolution $(RESOLUTION_$*) -e '.[test$(MLX)]'
+	.venv-$*/bin/uv pip list -q --python .venv-$*/bin/python
+	$(RUN) .venv-$*/bin/python -m pytest $(BOUNDS:%=tests/test_%.py)
 
 .venv/%: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or later is needed, this is %d.%d: use make PYTHON=python3.12" % v[:2])'
@@ -35,4 +56,4 @@ ifeq ($(MLX)$(OPENBLAS),,cpu)
 endif
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info

@@ -135,8 +135,10 @@ def measure(
 
     timed = {"nothing": lambda h, key: h[:, 0].astype(mx.uint32)}
     for bits in (16, 8, 4):
-        timed[f"dense {bits}-bit"] = lambda h, key, f=dense(bits): mx.argmax(f(h), -1)
-    timed["dense 8-bit, top-p"] = lambda h, key, f=dense(8): dense_sample(
+        product = dense(bits)
+        timed[f"dense {bits}-bit"] = lambda h, key, f=product: mx.argmax(f(h), -1)
+    product = dense(8)
+    timed["dense 8-bit, top-p"] = lambda h, key, f=product: dense_sample(
         f(h), key, TOP_P, TEMPERATURE
     )
     for sampled in (False, True):
@@ -205,8 +207,8 @@ def show(result: dict[str, float], V: int, D: int, bandwidth: float) -> None:
     )
 
 
-# What a step took beyond its bytes on an NVIDIA H200, in microseconds: launches that wait
-# for each other, and kernels of a single threadgroup.
+# What a step took beyond its bytes on an NVIDIA H200, in microseconds: launches that
+# wait for each other, and kernels of a single threadgroup.
 BEYOND_BYTES = {"dense": 10, "FlashHead": 50}
 
 

@@ -40,7 +40,7 @@ from mlx_flashhead.fidelity import measure
 @click.option(
     "--leave-out",
     multiple=True,
-    help="Domain of the built-in calibration text to do without: ru, code (also code-c).",
+    help="Domain of the built-in calibration text to do without.",
 )
 @click.option("--json", "json_path", help="Write the figures here, too.")
 def main(

@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_flashhead.attach import watching
 from mlx_flashhead.linalg import matmul
@@ -91,7 +92,7 @@ def _join_paragraphs(paragraphs: list[str], size: int = 1500) -> list[str]:
 
 def collect(
     model: nn.Module,
-    tokenizer,
+    tokenizer: TokenizerWrapper,
     head_path: str,
     documents: list[str],
     n_tokens: int = N_TOKENS,
@@ -110,7 +111,8 @@ def collect(
     """
     share = max(16, n_tokens // len(documents))
     texts = [tokenizer.encode(text)[: share + 1] for text in documents]
-    fit, held_out = [], []
+    fit: list[np.ndarray] = []
+    held_out: list[np.ndarray] = []
     with progress("Calibration: hidden states", len(documents)) as step:
         for start in range(0, len(texts), BATCH):
             for i, states in enumerate(
@@ -121,7 +123,9 @@ def collect(
     return States(np.concatenate(fit), np.concatenate(held_out))
 
 
-def _batch_states(model, head_path: str, texts: list[list[int]]) -> list[np.ndarray]:
+def _batch_states(
+    model: nn.Module, head_path: str, texts: list[list[int]]
+) -> list[np.ndarray]:
     """:func:`hidden_states` of each text; at once where their lengths are equal."""
     length = len(texts[0])
     if length > WINDOW + 1 or any(len(t) != length for t in texts):

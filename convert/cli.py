@@ -6,6 +6,8 @@ import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import click
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
@@ -20,12 +22,12 @@ _bits = click.Choice([str(b) for b in HEAD_BITS])
 _groups = click.Choice([str(g) for g in GROUP_SIZES])
 
 
-def _int(ctx, param, value):
+def _int(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     return None if value is None else int(value)
 
 
 @contextlib.contextmanager
-def _leaving_clean():
+def _leaving_clean() -> Iterator[None]:
     """On SIGTERM, leave as on an error: the unfinished folder goes along."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -90,7 +92,7 @@ def _leaving_clean():
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Clustering seed.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="default")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def main(as_json: bool, **options) -> None:
+def main(as_json: bool, **options: Any) -> None:
     """Convert a model into an mlx-lm folder with a FlashHead.
 
     \b

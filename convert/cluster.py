@@ -16,6 +16,7 @@ block of fixed size. Three things beyond the paper's spherical k-means:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -167,7 +168,9 @@ def match(
     return owner
 
 
-def _place_leftovers(x, centroids, owner, room) -> np.ndarray:
+def _place_leftovers(
+    x: np.ndarray, centroids: np.ndarray, owner: np.ndarray, room: np.ndarray
+) -> np.ndarray:
     """Give every token without a cluster the nearest one that has room."""
     while (left := np.flatnonzero(owner < 0)).size:
         free = room - np.bincount(owner[owner >= 0], minlength=len(room))
@@ -179,7 +182,9 @@ def _place_leftovers(x, centroids, owner, room) -> np.ndarray:
     return owner
 
 
-def _hierarchical_start(x, n_clusters, rng, progress):
+def _hierarchical_start(
+    x: np.ndarray, n_clusters: int, rng: np.random.Generator, progress: Progress
+) -> tuple[np.ndarray, np.ndarray]:
     """Centroids ``[C, D]`` and the coarse group of each, ``[C]``."""
     n_groups = max(1, round(n_clusters**0.5))
     with progress("Clustering: coarse groups", N_COARSE_ITERATIONS) as step:
@@ -206,7 +211,13 @@ def _apportion(sizes: np.ndarray, total: int) -> np.ndarray:
     return shares
 
 
-def _kmeans(x, k, n_iterations, rng, step=lambda: None) -> np.ndarray:
+def _kmeans(
+    x: np.ndarray,
+    k: int,
+    n_iterations: int,
+    rng: np.random.Generator,
+    step: Callable[[], None] = lambda: None,
+) -> np.ndarray:
     """Plain spherical k-means: unit centroids ``[k, D]`` of unit rows x."""
     # Fewer rows than centroids can happen in a small group: some start twice.
     start = rng.choice(len(x), k, replace=len(x) < k)
@@ -221,7 +232,13 @@ def _kmeans(x, k, n_iterations, rng, step=lambda: None) -> np.ndarray:
     return centroids
 
 
-def _near_clusters(x, centroids, group, progress, stage):
+def _near_clusters(
+    x: np.ndarray,
+    centroids: np.ndarray,
+    group: np.ndarray,
+    progress: Progress,
+    stage: str,
+) -> tuple[np.ndarray, np.ndarray]:
     """Each token's nearest clusters, sought in the groups near its own."""
     names, start = np.unique(group, return_index=True)
     heads = _unit(np.add.reduceat(centroids, start, axis=0))
@@ -244,7 +261,7 @@ def _near_clusters(x, centroids, group, progress, stage):
     return candidates, similarity
 
 
-def _means(x, owner, n_clusters) -> np.ndarray:
+def _means(x: np.ndarray, owner: np.ndarray, n_clusters: int) -> np.ndarray:
     """Direction of the sum of each cluster's rows ``[C, D]``; 0 where it is empty."""
     order = np.argsort(owner, kind="stable")
     present, start = np.unique(owner[order], return_index=True)

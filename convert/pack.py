@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import numpy as np
 
@@ -114,10 +116,9 @@ def pack(
     )
     rows = table
     if not same:
-        rows = mx.array(weight).astype(kinds.get(head_bits, _scales(dtype, weight)))
-        rows = Table.from_dense(rows, head_bits, group_size)
+        dense = mx.array(weight).astype(kinds.get(head_bits, _scales(dtype, weight)))
+        rows = Table.from_dense(dense, head_bits, group_size)
     rows = rows.map(lambda a: a[index])
-    extra = {} if bias is None else {"bias": mx.array(bias[source]).astype(dtype)}
     head = FlashHead(
         rows,
         Table.from_dense(
@@ -130,7 +131,7 @@ def pack(
         spread=mx.zeros(c),
         excess=mx.zeros((1, c)),
         n_probes=n_probes,
-        **extra,
+        bias=None if bias is None else mx.array(bias[source]).astype(dtype),
     )
     head.transform = transform
     return head
@@ -181,7 +182,14 @@ def calibrate(
     return _with(head, spread, excess, offsets)
 
 
-def _statistics(head, clustering, weight, states, bias, progress):
+def _statistics(
+    head: FlashHead,
+    clustering: Clustering,
+    weight: np.ndarray,
+    states: np.ndarray,
+    bias: np.ndarray | None,
+    progress: Progress,
+) -> tuple[np.ndarray, np.ndarray]:
     """Per cluster, over the states: mean + standard deviation of (best logit - score)
     and, at each of TEMPERATURES, mean of (log mean exp(logit / T) - score / T), logits
     and scores there being the model's."""
@@ -211,7 +219,12 @@ def _statistics(head, clustering, weight, states, bias, progress):
     return spread, excess
 
 
-def _with(head: FlashHead, spread, excess, tail_offset) -> FlashHead:
+def _with(
+    head: FlashHead,
+    spread: np.ndarray,
+    excess: np.ndarray,
+    tail_offset: Sequence[float],
+) -> FlashHead:
     new = FlashHead(
         head.rows,
         head.centroids,

@@ -17,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_flashhead import files
 from mlx_flashhead.attach import find_head, find_transform, get_module, head_table
@@ -354,7 +355,13 @@ def _head_format(
     return bits, group_size
 
 
-def _states(source: Source, tokenizer, path: str, documents, progress):
+def _states(
+    source: Source,
+    tokenizer: TokenizerWrapper,
+    path: str,
+    documents: list[str],
+    progress: Progress,
+) -> calibrate.States:
     model = source.load_for_calibration()
     return calibrate.collect(model, tokenizer, path, documents, progress=progress)
 
@@ -373,7 +380,13 @@ def _bias(module: nn.Module) -> np.ndarray | None:
     return np.array(module.bias.astype(mx.float32)) if "bias" in module else None
 
 
-def _quantize_body(model, config, path: str, body, head):
+def _quantize_body(
+    model: nn.Module,
+    config: dict[str, Any],
+    path: str,
+    body: tuple[int | None, int | None, str],
+    head: tuple[int, int],
+) -> tuple[nn.Module, dict[str, Any]]:
     """``mlx_lm.convert -q``, but for the head, which has bits of its own."""
     group_size, bits, mode = body
     head_group_size, head_bits = head
@@ -397,11 +410,18 @@ def _quantize_body(model, config, path: str, body, head):
 
 
 def _estimated_bytes(model: nn.Module, table: Table) -> int:
-    body = sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+    parameters = dict(tree_flatten(model.parameters()))
+    body = sum(a.nbytes for a in parameters.values())
     return int(body + 1.2 * table.nbytes) + (64 << 20)
 
 
-def _report(target, head, table, measured, start) -> Report:
+def _report(
+    target: Path,
+    head: FlashHead,
+    table: Table,
+    measured: dict[str, Any],
+    start: float,
+) -> Report:
     return Report(
         path=str(target),
         vocab_size=head.vocab_size,

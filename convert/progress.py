@@ -20,4 +20,8 @@ def silent(stage: str, total: int) -> Iterator[Step]:
 def bars(stage: str, total: int) -> Iterator[Step]:
     """A bar on standard error, with the stage's name and the number of its steps."""
     with tqdm(total=total, desc=f"{stage:<34}", unit="", dynamic_ncols=True) as bar:
-        yield lambda: bar.update() and None
+
+        def step() -> None:
+            bar.update()
+
+        yield step

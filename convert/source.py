@@ -45,7 +45,7 @@ class Source:
             SourceError: mlx-lm cannot load it.
         """
         try:
-            model, tokenizer, config = utils.load(
+            loaded: Any = utils.load(
                 str(self.folder),
                 return_config=True,
                 lazy=True,
@@ -58,6 +58,7 @@ class Source:
             raise SourceError(
                 f"{self.name}: mlx-lm cannot load this model: {reason[:400]}"
             ) from e
+        model, tokenizer, config = loaded
         text_config = config.get("text_config") or {}
         dtype = dtype or config.get("torch_dtype") or text_config.get("dtype")
         if dtype in MODEL_CONVERSION_DTYPES:

@@ -91,7 +91,7 @@ def find_head(model: nn.Module) -> str:
     tokens = mx.array([[0, 1]])
     made: list[tuple[str, int]] = []
 
-    def watch(path: str, record: Callable[[mx.array, mx.array], mx.array]):
+    def watch(path: str, record: Callable[[mx.array, mx.array], mx.array]) -> nn.Module:
         inner = get_module(model, path)
         set_module(model, path, _Watched(inner, record))
         return inner
@@ -103,7 +103,7 @@ def find_head(model: nn.Module) -> str:
     }
     for path in layers:
 
-        def note(x, y, path=path):
+        def note(x: mx.array, y: mx.array, path: str = path) -> mx.array:
             made.append((path, y.shape[-1]))
             return y
 
@@ -118,7 +118,7 @@ def find_head(model: nn.Module) -> str:
         # Small values, so that soft-capping does not flatten the ramp.
         ramp = mx.linspace(0.0, 1.0, vocab_size)
 
-        def replace(x, y, ramp=ramp):
+        def replace(x: mx.array, y: mx.array, ramp: mx.array = ramp) -> mx.array:
             return mx.broadcast_to(ramp, (*y.shape[:-1], vocab_size))
 
         inner = watch(path, replace)
@@ -147,14 +147,14 @@ class watching:
     def __enter__(self) -> watching:
         self._inner = get_module(self.model, self.path)
 
-        def record(x, y):
+        def record(x: mx.array, y: mx.array) -> mx.array:
             self.states.append(x)
             return y
 
         set_module(self.model, self.path, _Watched(self._inner, record))
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         set_module(self.model, self.path, self._inner)
 
 
@@ -194,7 +194,8 @@ def find_transform(model: nn.Module, path: str) -> Transform | None:
 
 def attach(model: nn.Module, path: str, head: FlashHead) -> nn.Module:
     """Put a FlashHead in place of the model's head at ``path``; returns the model."""
-    inner, module = get_module(model, path), head
+    inner = get_module(model, path)
+    module: nn.Module = head
     if isinstance(inner, FlashEmbedding):
         module = FlashEmbedding(head, inner._dtype)
     elif isinstance(inner, _EMBEDDING):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -27,6 +27,7 @@ from . import kernels
 from .head import FlashHead, Retrieved
 from .kernels.greedy import to_tokens
 from .samplers import Bias, Processor, Settings
+from .transform import Transform
 
 # Candidates that the sampling kernel takes, and clusters.
 LIMIT = 131_072
@@ -89,8 +90,8 @@ def draw(
     if not settings.greedy:
         head.log_weights(settings.temp)
     if not processors:
-        tokens, *found = head.fast(_draw, settings)(h, key)
-        return Drawn(tokens, Retrieved(*found))
+        tokens, *scored = head.fast(_draw, settings)(h, key)
+        return Drawn(tokens, Retrieved(*scored))
     found, pool = _find(head, settings, h, key)
     touched, logits = _process(head, processors, context, h)
     pool = _edited(head, found.probes, pool, touched, logits)
@@ -127,10 +128,17 @@ def _retrieved(head: FlashHead, h: mx.array) -> mx.array:
 
 
 def _expanded(head: FlashHead, *found: mx.array) -> mx.array:
-    return head.transform(head.expand(Retrieved(*found)))
+    return _transform(head)(head.expand(Retrieved(*found)))
 
 
-def _draw(head: FlashHead, settings: Settings, h: mx.array, key: mx.array):
+def _transform(head: FlashHead) -> Transform:
+    assert head.transform is not None  # as fits() has seen
+    return head.transform
+
+
+def _draw(
+    head: FlashHead, settings: Settings, h: mx.array, key: mx.array
+) -> tuple[mx.array, ...]:
     """:func:`draw` without processors, of arrays alone."""
     if settings.greedy:
         means = head.mean_logits(h)
@@ -145,7 +153,9 @@ def _draw(head: FlashHead, settings: Settings, h: mx.array, key: mx.array):
     return to_tokens(at, found.probes, head.token_ids), *found
 
 
-def _find(head: FlashHead, settings: Settings, h: mx.array, key: mx.array):
+def _find(
+    head: FlashHead, settings: Settings, h: mx.array, key: mx.array
+) -> tuple[Retrieved, _Pool]:
     """What is scored for ``h``, the tail cluster last, and the pool it makes."""
     means = head.mean_logits(h)
     probes = probed = head.select(means)
@@ -156,7 +166,7 @@ def _find(head: FlashHead, settings: Settings, h: mx.array, key: mx.array):
     tail = None
     if has_tail or counts:
 
-        def unprobed(temperature):
+        def unprobed(temperature: float) -> mx.array:
             masses = head.log_masses(means, temperature)
             return mx.put_along_axis(masses, probed, mx.array(-mx.inf), axis=-1)
 
@@ -171,7 +181,7 @@ def _find(head: FlashHead, settings: Settings, h: mx.array, key: mx.array):
         tail = mx.stack([heated, at_one], axis=-1)
     exact = head.score(h, probes).reshape(len(h), -1)
     # A cap would make padding finite.
-    logits = mx.where(exact > -mx.inf, head.transform(exact), -mx.inf)
+    logits = mx.where(exact > -mx.inf, _transform(head)(exact), -mx.inf)
     n = head.n_probes * head.cluster_size
     rest = logits[:, n:] if has_tail else None
     return Retrieved(means, probes, exact), _Pool(logits[:, :n], rest, tail)
@@ -185,7 +195,11 @@ def _choose(
     logits, rest, tail = pool
     if settings.greedy:
         return kernels.greedy(logits)
-    kept = {"top_p": settings.nucleus, "min_p": settings.min_p, "top_k": settings.top_k}
+    kept: dict[str, Any] = {
+        "top_p": settings.nucleus,
+        "min_p": settings.min_p,
+        "top_k": settings.top_k,
+    }
     if settings.xtc_probability > 0 or settings.min_tokens_to_keep > 1:
         logits, tail = _filter(settings, pool, key, ids)
         kept = {}
@@ -198,14 +212,16 @@ def _choose(
     return mx.where(at < logits.shape[1], at, logits.shape[1] + inside)
 
 
-def _filter(settings: Settings, pool: _Pool, key: mx.array, ids: mx.array | None):
+def _filter(
+    settings: Settings, pool: _Pool, key: mx.array, ids: mx.array | None
+) -> tuple[mx.array, mx.array | None]:
     """The pool's logits and tail with what the filters drop at ``-inf``: for settings
     that the sampling kernel does not know."""
     logits, _, tail = pool
     n = logits.shape[1]
     log_tail = tail[:, 1:] if tail is not None else mx.full((len(logits), 1), -mx.inf)
 
-    def total(logits, log_tail):
+    def total(logits: mx.array, log_tail: mx.array) -> mx.array:
         return mx.logaddexp(mx.logsumexp(logits, axis=-1, keepdims=True), log_tail)
 
     if settings.nucleus < 1:
@@ -229,6 +245,7 @@ def _filter(settings: Settings, pool: _Pool, key: mx.array, ids: mx.array | None
         lowest = mx.where(above, probs, mx.inf).min(axis=-1, keepdims=True)
         mask = probs > lowest
         for token in settings.xtc_special_tokens:
+            assert ids is not None  # as _draw() makes sure
             mask = mask & (ids[:, :n] != token)
         u = mx.random.uniform(shape=(len(logits), 1), key=_subkey(key, 4))
         drop = mask & (u <= settings.xtc_probability)
@@ -249,9 +266,16 @@ def _subkey(key: mx.array, i: int) -> mx.array:
 # ---- logits processors -------------------------------------------------------------
 
 
-def _process(head: FlashHead, processors, context: mx.array, h: mx.array):
+def _process(
+    head: FlashHead,
+    processors: Sequence[Processor],
+    context: mx.array | None,
+    h: mx.array,
+) -> tuple[mx.array, mx.array]:
     """The ids ``[n]`` that the processors touch, some perhaps more than once, and the
     logits ``[1, n]`` that they make of them; ``-inf`` for a repetition."""
+    if context is None:
+        context = mx.zeros((0,), mx.uint32)
     parts = [
         p.ids if isinstance(p, Bias) else context[-p.context_size :] for p in processors
     ]
@@ -261,7 +285,7 @@ def _process(head: FlashHead, processors, context: mx.array, h: mx.array):
     ids = mx.concatenate([part.astype(mx.uint32) for part in (*parts, padding)])
     # A small vocabulary of its own: each token's number is where it first stands.
     first = mx.argmax(ids[:, None] == ids[None], axis=-1)
-    logits = head.transform(head.logits_of(h, ids))
+    logits = _transform(head)(head.logits_of(h, ids))
     start = 0
     for processor, part in zip(processors, parts):
         tokens = first[start : start + part.size]
@@ -278,7 +302,9 @@ def _repeated(ids: mx.array) -> mx.array:
     return first != mx.arange(ids.size)
 
 
-def _edited(head: FlashHead, probes, pool: _Pool, ids, logits) -> _Pool:
+def _edited(
+    head: FlashHead, probes: mx.array, pool: _Pool, ids: mx.array, logits: mx.array
+) -> _Pool:
     """The pool with ``logits [1, n]`` of ``ids [n]`` as candidates of their own,
     instead of where they stood."""
     m = head.cluster_size
@@ -292,7 +318,7 @@ def _edited(head: FlashHead, probes, pool: _Pool, ids, logits) -> _Pool:
     stood = mx.put_along_axis(stood, at[None], mx.array(-mx.inf), axis=1)
     k = pool.logits.shape[1]
     candidates = mx.concatenate([stood[:, :k], logits], axis=1)
-    if pool.rest is None:
+    if pool.rest is None or pool.tail is None:
         return _Pool(candidates, None, pool.tail)
     rest = stood[:, k:n]
     # Where nothing is left of the tail cluster, nothing is drawn there.

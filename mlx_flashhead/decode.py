@@ -9,11 +9,11 @@ the functions run untouched, on logits over the whole vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,9 @@ from .attach import flash_heads
 from .candidates import Drawn, draw, fits, full_logits, logprobs
 from .head import FlashHead
 from .samplers import Processor, Settings, read_processors, read_sampler
+
+# A function of mlx-lm's.
+Step = Callable[..., Any]
 
 # More positions at once than a draft has: a prompt.
 _LONGEST_DRAFT = 32
@@ -52,8 +55,8 @@ class Keys:
     """Random keys, one after another, from a place that MLX's own generator chose: as
     reproducible as that is by ``mx.random.seed``."""
 
-    def __init__(self):
-        self._start = None
+    def __init__(self) -> None:
+        self._start: list[int] | None = None
         self._n = 0
 
     def next(self, settings: Settings) -> mx.array:
@@ -62,7 +65,7 @@ class Keys:
             return mx.zeros((2,), dtype=mx.uint32)
         if self._start is None:
             words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32)
-            self._start = words.tolist()
+            self._start = cast(list[int], words.tolist())
         high, low = self._start
         self._n += 1
         return mx.array([high, (low + self._n) & 0xFFFFFFFF], dtype=mx.uint32)
@@ -75,8 +78,8 @@ def head_of(model: Any) -> FlashHead | None:
 
 
 def hidden_state(
-    head: FlashHead, model: Callable, *args: Any, **kwargs: Any
-) -> mx.array | None:
+    head: FlashHead, model: Callable[..., Any], *args: Any, **kwargs: Any
+) -> mx.array:
     """What the model's call gives its head, ``[B, L, D]``."""
     seen: list[mx.array] = []
 
@@ -86,7 +89,7 @@ def hidden_state(
 
     with head.answering(answer):
         model(*args, **kwargs)
-    return seen[-1] if seen else None
+    return seen[-1]
 
 
 def readable(
@@ -171,11 +174,13 @@ class _StandIn:
         return mx.zeros((*h.shape[:-1], 1))
 
 
-def generate_step(stock: Callable) -> Callable:
+def generate_step(stock: Step) -> Step:
     """mlx-lm's ``generate_step``, tokens drawn among candidates."""
 
     @wraps(stock)
-    def generate_step(prompt, model, *args, **kwargs):
+    def generate_step(
+        prompt: mx.array, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> Iterator[tuple[int, mx.array]]:
         asked = kwargs.get("sampler"), kwargs.get("logits_processors")
         found = readable(model, *asked)
         if kwargs.get("input_embeddings") is not None:
@@ -184,65 +189,76 @@ def generate_step(stock: Callable) -> Callable:
             yield from stock(prompt, model, *args, **kwargs)
             return
         head, settings, processors = found
-        turn, drawn = _Turn(None), deque()
+        turn = _Turn(None)
+        drawn: deque[Drawn | None] = deque()
         turn.on_sample = drawn.append
         stand_in = _StandIn(turn, model, head, settings, Keys(), processors)
         kwargs.update(sampler=turn.sampler, logits_processors=None)
         steps = stock(prompt, stand_in, *args, **kwargs)
         with closing(steps):
             for token, _ in steps:
-                yield token, logprobs(head, drawn.popleft())[0]
+                latest = drawn.popleft()
+                assert latest is not None  # one position is no prompt
+                yield token, logprobs(head, latest)[0]
 
     return generate_step
 
 
-def speculative_generate_step(stock: Callable) -> Callable:
+def speculative_generate_step(stock: Step) -> Step:
     """mlx-lm's ``speculative_generate_step``, with tokens of the draft, the target or
     both drawn among candidates. Logits processors leave it to mlx-lm."""
 
     @wraps(stock)
-    def speculative_generate_step(prompt, model, draft_model, *args, **kwargs):
+    def speculative_generate_step(
+        prompt: mx.array,
+        model: nn.Module,
+        draft_model: nn.Module,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Iterator[tuple[int, mx.array, bool]]:
         global last_acceptance
         last_acceptance = count = Acceptance()
         sampler, processors = kwargs.get("sampler"), kwargs.get("logits_processors")
         turn, keys = _Turn(sampler), Keys()
 
-        def stand_in(model, longest):
+        def stand_in(model: nn.Module, longest: int) -> _StandIn:
             found = None if processors else readable(model, sampler, None)
             head, settings, _ = found or (None, Settings(), [])
             return _StandIn(turn, model, head, settings, keys, (), longest)
 
         target = stand_in(model, _LONGEST_DRAFT)
         draft = stand_in(draft_model, 2)
-        verified: list[Drawn | None] = []
+        verified: Drawn | None = None
+        n_given = 0  # of the tokens that were verified at once
 
-        def on_sample(drawn):
+        def on_sample(drawn: Drawn | None) -> None:
+            nonlocal verified, n_given
             if turn.model is draft:
                 count.proposed += 1
             else:
-                verified[:] = [drawn, 0]
+                verified, n_given = drawn, 0
 
         turn.on_sample = on_sample
         kwargs["sampler"] = turn.sampler
         steps = stock(prompt, target, draft, *args, **kwargs)
         with closing(steps):
             for token, plain, from_draft in steps:
-                drawn, n = verified
-                verified[1] += 1
+                drawn, n = verified, n_given
+                n_given += 1
                 count.accepted += from_draft
-                if drawn is not None:
+                if drawn is not None and target._head is not None:
                     plain = logprobs(target._head, drawn)[n]
                 yield token, plain, from_draft
 
     return speculative_generate_step
 
 
-def batch_step(stock: Callable) -> Callable:
+def batch_step(stock: Step) -> Step:
     """``GenerationBatch._step`` of mlx-lm: one token for each sequence of a batch, each
     drawn as its request asks."""
 
     @wraps(stock)
-    def _step(self):
+    def _step(self: Any) -> tuple[list[int], list[mx.array]]:
         if not hasattr(self, "_flash"):
             self._flash = head_of(self.model), Keys()
         head, keys = self._flash
@@ -256,7 +272,7 @@ def batch_step(stock: Callable) -> Callable:
         self._current_logprobs = self._next_logprobs
         h = hidden_state(head, self.model, inputs[:, None], cache=self.prompt_cache)
         h = h[:, -1]
-        contexts = {}
+        contexts: dict[int, mx.array] = {}
         for e, request in enumerate(requests):
             if request.theirs:
                 context = self._token_context[e]
@@ -311,7 +327,9 @@ def _draw_batch(
         groups.setdefault(
             request.settings if simple and not request.theirs else e, []
         ).append(e)
-    order, tokens, lazy = [], [], []
+    order: list[int] = []
+    tokens: list[mx.array] = []
+    lazy: list[mx.array] = []
     for rows in groups.values():
         states = h if len(rows) == len(requests) else h[mx.array(rows)]
         request = requests[rows[0]]
@@ -331,17 +349,17 @@ def _draw_batch(
             lazy += list(logits)
         order += rows
     back = sorted(range(len(order)), key=order.__getitem__)
-    drawn = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)[mx.array(back)]
-    return drawn, [lazy[i] for i in back]
+    whole = tokens[0] if len(tokens) == 1 else mx.concatenate(tokens)[mx.array(back)]
+    return whole, [lazy[i] for i in back]
 
 
-def exact(stock: Callable) -> Callable:
+def exact(stock: Step) -> Step:
     """A function of a model, or a method of an object with a ``_model``, run with the
     dense head: scores of given text are to be the model's own, whatever the length of
     its pieces."""
 
     @wraps(stock)
-    def scored(first, *args, **kwargs):
+    def scored(first: Any, *args: Any, **kwargs: Any) -> Any:
         head = head_of(getattr(first, "_model", first))
         if head is None:
             return stock(first, *args, **kwargs)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+import mlx.nn as nn
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
@@ -61,7 +63,7 @@ def compare(folder: str | Path, prompt: str, max_tokens: int) -> None:
     )
 
 
-def _describe(model, section: dict, dense: bool) -> str:
+def _describe(model: nn.Module, section: dict[str, Any], dense: bool) -> str:
     if dense:
         return f"reads all {section['vocab_size']:,} rows"
     head = next(flash_heads(model))

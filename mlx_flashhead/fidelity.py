@@ -122,7 +122,9 @@ def measure(
         bias = bias[order]
         rows_bias = np.array(head.bias.astype(mx.float32)).reshape(-1)
 
-    def logits(h: np.ndarray, matrix: np.ndarray, offset: np.ndarray | None):
+    def logits(
+        h: np.ndarray, matrix: np.ndarray, offset: np.ndarray | None
+    ) -> np.ndarray:
         y = matmul(h, matrix.T)
         if offset is not None:
             y += offset
@@ -130,8 +132,9 @@ def measure(
         y += mask
         return y.reshape(len(h), c, m)
 
-    parts: list = []
-    by_temperature: dict[float, list] = {t: [] for t in temperatures}
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    by_temperature: dict[float, list[tuple[np.ndarray, ...]]]
+    by_temperature = {t: [] for t in temperatures}
     for s in blocks(len(states), c * m):
         h = states[s]
         reference = logits(h, ordered, bias)
@@ -147,8 +150,8 @@ def measure(
         step()
     at = {}
     for t, found in by_temperature.items():
-        mass, *rest = (np.concatenate(p) for p in zip(*found))
-        at[t] = Distribution(mass, tuple(rest[:3]), *rest[3:])
+        mass, a, log_probed, log_tail, *rest = (np.concatenate(p) for p in zip(*found))
+        at[t] = Distribution(mass, (a, log_probed, log_tail), *rest)
     recall, agreement = (np.concatenate(p) for p in zip(*parts))
     return Fidelity(recall, agreement, at)
 
@@ -158,7 +161,9 @@ def n_blocks(head: FlashHead, n_states: int) -> int:
     return len(list(blocks(n_states, head.n_clusters * head.cluster_size)))
 
 
-def _compare_best(reference, stored, probes):
+def _compare_best(
+    reference: np.ndarray, stored: np.ndarray, probes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Recall and agreement; both logits ``[n, C, m]``, probes ``[n, p]``."""
     n, _, m = reference.shape
     rows = np.arange(n)
@@ -169,7 +174,14 @@ def _compare_best(reference, stored, probes):
     return (probes == (best // m)[:, None]).any(-1), chosen == best
 
 
-def _compare(reference, stored, probes, masses, temperature: float, details: bool):
+def _compare(
+    reference: np.ndarray,
+    stored: np.ndarray,
+    probes: np.ndarray,
+    masses: np.ndarray,
+    temperature: float,
+    details: bool,
+) -> tuple[np.ndarray, ...]:
     """Both logits ``[n, C, m]``, probes ``[n, p]``, estimated log-masses ``[n, C]``;
     see :class:`Distribution`. What can be is summed by cluster first."""
     n, c, m = reference.shape

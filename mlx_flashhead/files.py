@@ -25,7 +25,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -118,7 +118,7 @@ def load_head(folder: str | Path, section: dict[str, Any]) -> FlashHead:
             offset = section.get("tail_offset")
             section = {**section, "temperatures": [1.0], "tail_offset": [offset]}
         _check_section(section)
-        tensors = mx.load(str(file))
+        tensors = cast(dict[str, mx.array], mx.load(str(file)))
         if version == 1 and "excess" in tensors:
             tensors["excess"] = tensors["excess"][None]
         _check_tensors(tensors, section)
@@ -147,7 +147,7 @@ def _check_section(section: dict[str, Any]) -> None:
     _require(section["n_probes"] <= c, f"n_probes is {section['n_probes']}")
     _require(isinstance(section.get("head_path"), str), "head_path is no name")
     for key in ("temperatures", "tail_offset"):
-        values = section.get(key)
+        values: Any = section.get(key)
         real = isinstance(values, list) and all(map(_is_real, values))
         _require(real and 1 <= len(values) <= 64, f"{key} is {values!r:.80}")
     temperatures, offsets = section["temperatures"], section["tail_offset"]
@@ -157,7 +157,7 @@ def _check_section(section: dict[str, Any]) -> None:
     )
     _require(len(offsets) == len(temperatures), "tail_offset is not one each")
     for name in ("rows", "centroids"):
-        spec = section.get(name)
+        spec: Any = section.get(name)
         _require(isinstance(spec, dict), f"{name} has no description")
         bits, group_size = spec.get("bits"), spec.get("group_size")
         dense = bits in (16, 32) and group_size == 0
@@ -190,16 +190,16 @@ def _check_tensors(tensors: dict[str, mx.array], section: dict[str, Any]) -> Non
     }
     if "bias" in tensors:
         expected["bias"] = ((c, m), mx.floating)
-    for name, shape in (("rows", (c, m)), ("centroids", (c,))):
+    for name, lead in (("rows", (c, m)), ("centroids", (c,))):
         bits, group_size = section[name]["bits"], section[name]["group_size"]
         d = section["hidden_size"]
         if not group_size:
-            expected[f"{name}.weight"] = ((*shape, d), mx.floating)
+            expected[f"{name}.weight"] = ((*lead, d), mx.floating)
             continue
         _require(d % group_size == 0, f"{name}: groups do not fit {d}")
-        expected[f"{name}.weight"] = ((*shape, d * bits // 32), mx.uint32)
+        expected[f"{name}.weight"] = ((*lead, d * bits // 32), mx.uint32)
         for part in ("scales", "biases"):
-            expected[f"{name}.{part}"] = ((*shape, d // group_size), mx.floating)
+            expected[f"{name}.{part}"] = ((*lead, d // group_size), mx.floating)
     unknown = sorted(tensors.keys() - expected.keys())
     _require(not unknown, f"unknown tensor {unknown[:1]}")
     for name, (shape, kind) in expected.items():
@@ -221,7 +221,7 @@ def _check_tensors(tensors: dict[str, mx.array], section: dict[str, Any]) -> Non
     )
 
 
-def _read_table(tensors: dict[str, mx.array], name: str, spec: dict) -> Table:
+def _read_table(tensors: dict[str, mx.array], name: str, spec: dict[str, Any]) -> Table:
     return Table(
         tensors[f"{name}.weight"],
         tensors.get(f"{name}.scales"),
@@ -238,5 +238,7 @@ def table_sha256(table: Table) -> str:
     for array in (table.weight, table.get("scales"), table.get("biases")):
         if array is not None:
             digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(memoryview(mx.contiguous(array).view(mx.uint8)))
+            # MLX's arrays are buffers, which its stubs do not say.
+            raw: Any = mx.contiguous(array).view(mx.uint8)
+            digest.update(memoryview(raw))
     return digest.hexdigest()

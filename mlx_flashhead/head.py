@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +30,8 @@ from .transform import Transform
 ALWAYS = 1e30
 # Compiled steps and tables that are kept for settings that were used.
 _REMEMBERED = 32
+
+T = TypeVar("T")
 
 
 class Candidates(NamedTuple):
@@ -136,6 +138,8 @@ class FlashHead(nn.Module):
 
     @property
     def n_probes(self) -> int:
+        """Clusters probed per step, p; setting it raises ValueError unless it is an
+        integer from 1 to ``n_clusters``."""
         return self._n_probes
 
     @n_probes.setter
@@ -149,7 +153,7 @@ class FlashHead(nn.Module):
                 f"n_probes must be an integer from 1 to {self.n_clusters}, not {n!r}"
             )
         self._n_probes = n
-        always = int((self.spread >= ALWAYS / 2).sum().item())
+        always = cast(int, (self.spread >= ALWAYS / 2).sum().item())
         if n < 2 * always:
             warnings.warn(
                 f"{always} clusters are probed at every step, so n_probes = {n} leaves "
@@ -159,6 +163,7 @@ class FlashHead(nn.Module):
 
     @property
     def hidden_size(self) -> int:
+        """Size D of the hidden states."""
         return self.rows.hidden_size
 
     @property
@@ -236,7 +241,7 @@ class FlashHead(nn.Module):
             high = min(max(int(np.searchsorted(inverse, at)), 1), len(inverse) - 1)
             share = (at - inverse[high - 1]) / (inverse[high] - inverse[high - 1])
 
-            def between(values):
+            def between(values: np.ndarray | Sequence[float]) -> np.ndarray | float:
                 below = values[high - 2] if high > 1 else 0
                 return (1 - share) * below + share * values[high - 1]
 
@@ -288,7 +293,7 @@ class FlashHead(nn.Module):
         best = kernels.greedy(blocks.block_max, indices=blocks.block_argmax, **tokens)
         return best, blocks.logits
 
-    def _probe(self, kernel: Callable, x: mx.array, probes: mx.array):
+    def _probe(self, kernel: Callable[..., T], x: mx.array, probes: mx.array) -> T:
         rows = self.rows
         return kernel(
             x,
@@ -351,7 +356,7 @@ class FlashHead(nn.Module):
         finally:
             object.__setattr__(self, "_answer", before)
 
-    def fast(self, function: Callable, *options) -> Callable:
+    def fast(self, function: Callable[..., T], *options: Any) -> Callable[..., T]:
         """``function(self, *options, ...)`` as a function of arrays alone, compiled
         where that pays: on a GPU the kernels take less time than building their graph
         anew each step would. On a CPU MLX would call a C++ compiler for it.

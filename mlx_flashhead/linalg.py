@@ -50,19 +50,18 @@ def nearest(
     n, n_centroids = len(x), len(centroids)
     ids = np.empty((n, k), np.int32)
     similarity = np.empty((n, k), np.float32)
-    gpu = on_gpu()
-    right = mx.array(centroids).T if gpu else centroids.T
+    right = mx.array(centroids).T if on_gpu() else None
     for s in blocks(n, n_centroids):
-        if gpu:
-            block = mx.array(x[s]) @ right
+        if right is not None:
+            products = mx.array(x[s]) @ right
             if k == 1:
-                best = mx.argmax(block, axis=-1, keepdims=True)
+                top = mx.argmax(products, axis=-1, keepdims=True)
             else:
-                best = mx.argpartition(-block, kth=k - 1, axis=-1)[:, :k]
-            value = mx.take_along_axis(block, best, axis=-1)
-            best, value = np.array(best), np.array(value)
+                top = mx.argpartition(-products, kth=k - 1, axis=-1)[:, :k]
+            best = np.array(top)
+            value = np.array(mx.take_along_axis(products, top, axis=-1))
         else:
-            block = x[s] @ right
+            block = x[s] @ centroids.T
             if k == 1:
                 best = block.argmax(-1)[:, None]
             elif k < n_centroids:

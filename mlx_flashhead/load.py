@@ -3,11 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
+import mlx.nn as nn
 from mlx_lm import utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .patch import patch_decoding, patched
+
+
+@overload
+def load(
+    path_or_hf_repo: str | Path,
+    *,
+    n_probes: int | None = None,
+    dense: bool = False,
+    return_config: Literal[False] = False,
+    **kwargs: Any,
+) -> tuple[nn.Module, TokenizerWrapper]: ...
+
+
+@overload
+def load(
+    path_or_hf_repo: str | Path,
+    *,
+    n_probes: int | None = None,
+    dense: bool = False,
+    return_config: Literal[True],
+    **kwargs: Any,
+) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]: ...
 
 
 def load(
@@ -16,6 +40,9 @@ def load(
     n_probes: int | None = None,
     dense: bool = False,
     **kwargs: Any,
+) -> (
+    tuple[nn.Module, TokenizerWrapper]
+    | tuple[nn.Module, TokenizerWrapper, dict[str, Any]]
 ):
     """Load a converted model and its tokenizer, like :func:`mlx_lm.load`.
 

@@ -17,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -89,7 +89,9 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
     stock = utils.load_model
 
     @functools.wraps(stock)
-    def load_model(model_path: Path, lazy: bool = False, *args: Any, **kwargs: Any):
+    def load_model(
+        model_path: Path, lazy: bool = False, *args: Any, **kwargs: Any
+    ) -> tuple[nn.Module, dict[str, Any]]:
         model, config = stock(model_path, True, *args, **kwargs)
         if CONFIG_KEY in config:
             for_device(model)
@@ -107,7 +109,7 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
     load_adapters = utils.load_adapters
 
     @functools.wraps(load_adapters)
-    def load_checked(model: nn.Module, adapter_path: str):
+    def load_checked(model: nn.Module, adapter_path: str) -> nn.Module:
         check_adapter(model, Path(adapter_path))
         return load_adapters(model, adapter_path)
 
@@ -115,13 +117,13 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
     save_model = utils.save_model
 
     @functools.wraps(save_model)
-    def save_checked(save_path: str | Path, model: nn.Module, **kwargs: Any):
+    def save_checked(save_path: str | Path, model: nn.Module, **kwargs: Any) -> None:
         if decode.head_of(model) is not None:
             raise ValueError(
                 "a model with a FlashHead cannot be saved as a plain one: load it with "
                 "the dense head (dense=True, --dense)"
             )
-        return save_model(save_path, model, **kwargs)
+        save_model(save_path, model, **kwargs)
 
     _replace(_loading, utils, "save_model", save_checked)
 
@@ -143,7 +145,9 @@ def patch_decoding() -> None:
         _replace(_decoding, owner, name, wrap(getattr(owner, name)))
 
 
-def _replace(where: list, owner: Any, name: str, value: Any) -> None:
+def _replace(
+    where: list[tuple[Any, str, Any]], owner: Any, name: str, value: Any
+) -> None:
     where.append((owner, name, getattr(owner, name)))
     setattr(owner, name, value)
 
@@ -174,7 +178,8 @@ def check_adapter(model: nn.Module, adapter: Path) -> None:
     file = adapter / "adapters.safetensors"
     heads = [name for name, m in model.named_modules() if isinstance(m, _HEADS)]
     for head in heads if file.exists() else ():
-        if any(name.startswith(f"{head}.") for name in mx.load(str(file))):
+        tensors = cast(dict[str, mx.array], mx.load(str(file)))
+        if any(name.startswith(f"{head}.") for name in tensors):
             raise ValueError(
                 f"the adapter {adapter} changes the head {head}, whose clusters are "
                 "fixed: fuse it with mlx_lm.fuse and convert the result, or load the "

@@ -57,10 +57,8 @@ def command(name: str, module: str | None, text: str) -> click.Command:
 
     @click.pass_context
     def callback(ctx: click.Context, /, words: tuple[str, ...], **options: Any) -> None:
-        target, argv = module, list(words)
-        if module is None:
-            target, argv = argv[0], argv[1:]
-        elif {"-h", "--help"} & set(argv):
+        target, *argv = words if module is None else (module, *words)
+        if module is not None and {"-h", "--help"} & set(words):
             click.echo(f"{ctx.get_help()}\n\n{module} takes:\n")
             argv = ["--help"]
         if message := hint():

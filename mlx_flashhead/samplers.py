@@ -100,7 +100,7 @@ def read_sampler(sampler: Any) -> Settings | None:
     for method in found["sampling_methods"]:
         given = _closure(method, "make_sampler.<locals>.<lambda>")
         called = _METHODS.get(tuple(sorted(given or ())))
-        if called is None or called not in method.__code__.co_names:
+        if not given or called not in method.__code__.co_names:
             return None
         order.append(called)
         settings.update(given)
@@ -172,7 +172,7 @@ def check() -> None:
     if read_sampler(sample_utils.make_sampler()) != Settings():
         raise ValueError("make_sampler has changed")
     made = sample_utils.make_logits_processors({1: 2.0}, 1.1, 5, 0.1, 6, 0.2, 7)
-    read = read_processors(made, 2)
-    sizes = [p.context_size for p in (read or []) if isinstance(p, Penalty)]
+    read = read_processors(made, 2) or []
+    sizes = [p.context_size for p in read if isinstance(p, Penalty)]
     if sizes != [5, 6, 7] or not isinstance(read[0], Bias):
         raise ValueError("make_logits_processors has changed")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -82,11 +84,18 @@ class Table(nn.Module):
     def _arrays(self) -> tuple[mx.array, mx.array | None, mx.array | None]:
         return self.weight, self.get("scales"), self.get("biases")
 
-    def map(self, f) -> Table:
+    def _packed(self) -> tuple[mx.array, mx.array, mx.array | None]:
+        return self.weight, self.scales, self.get("biases")
+
+    def map(self, f: Callable[[mx.array], mx.array]) -> Table:
         """The same table with ``f`` applied to each of its arrays."""
-        arrays = (None if a is None else f(a) for a in self._arrays())
+        weight, *others = self._arrays()
         return Table(
-            *arrays, bits=self.bits, group_size=self.group_size, mode=self.mode
+            f(weight),
+            *(None if a is None else f(a) for a in others),
+            bits=self.bits,
+            group_size=self.group_size,
+            mode=self.mode,
         )
 
     def dequantize(self, dtype: mx.Dtype | None = None) -> mx.array:
@@ -94,7 +103,7 @@ class Table(nn.Module):
         if not self.quantized:
             return self.weight if dtype is None else self.weight.astype(dtype)
         return mx.dequantize(
-            *self._arrays(),
+            *self._packed(),
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
@@ -111,7 +120,7 @@ class Table(nn.Module):
             return x @ self.weight.T
         return mx.quantized_matmul(
             x,
-            *self._arrays(),
+            *self._packed(),
             transpose=True,
             group_size=self.group_size,
             bits=self.bits,
@@ -127,7 +136,7 @@ class Table(nn.Module):
         else:
             y = mx.gather_qmm(
                 x,
-                *self._arrays(),
+                *self._packed(),
                 rhs_indices=index,
                 transpose=True,
                 group_size=self.group_size,

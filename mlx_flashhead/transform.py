@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
+
+Logits = TypeVar("Logits", mx.array, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Transform:
     def identity(self) -> bool:
         return self.scale == 1 and self.softcap is None
 
-    def __call__(self, logits):
+    def __call__(self, logits: Logits) -> Logits:
         """The model's logits, for an ``mx.array`` or ``np.ndarray`` of the head's."""
         if self.scale != 1:
             logits = logits * self.scale

@@ -138,9 +138,9 @@ def _read_tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, Tenso
         if not 0 < dimensions <= _MAX_DIMENSIONS:
             problem = f"tensor {quote(name)} has {dimensions} dimensions"
             raise error(cursor.path, problem)
-        shape = [cursor.uint(8, "tensor list") for _ in range(dimensions)]
+        shape = tuple(cursor.uint(8, "tensor list") for _ in range(dimensions))
         kind = cursor.uint(4, "tensor list")
-        found.append((name, tuple(shape[::-1]), kind, cursor.uint(8, "tensor list")))
+        found.append((name, shape[::-1], kind, cursor.uint(8, "tensor list")))
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, Tensor] = {}
     for name, shape, kind, offset in found:

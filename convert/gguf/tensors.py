@@ -42,7 +42,7 @@ class Weights:
             return mx.zeros(weight.shape, dtype)
         scale = self._scale(weight.source)
         parts = []
-        for values in self._chunks(weight):
+        for values in self._chunks(weight, weight.source):
             values = values * scale + weight.shift
             self._check(weight, values, dtype)
             parts.append(mx.array(values).astype(dtype))
@@ -52,10 +52,10 @@ class Weights:
         mx.eval(whole)
         return whole
 
-    def _chunks(self, weight: Weight) -> Iterator[np.ndarray]:
+    def _chunks(self, weight: Weight, source: str) -> Iterator[np.ndarray]:
         """A few dequantized rows at a time, in Hugging Face's order."""
-        tensor = self.file.tensors[weight.source]
-        raw = self.file.raw(weight.source)
+        tensor = self.file.tensors[source]
+        raw = self.file.raw(source)
         order = None
         if weight.heads:
             order = _uninterleaved(weight.shape[0], weight.heads)

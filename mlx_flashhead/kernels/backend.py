@@ -13,10 +13,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
+from typing import cast
 
 import mlx.core as mx
 
 from ._prelude import CUDA, METAL
+
+Launch = Callable[..., list[mx.array]]
 
 # "ok", or why plain MLX took over, by kernel and variant.
 states: dict[str, str] = {}
@@ -75,26 +78,28 @@ class Kernel:
         self.header = header
 
     @cached_property
-    def metal(self) -> Callable:
-        return mx.fast.metal_kernel(
+    def metal(self) -> Launch:
+        made = mx.fast.metal_kernel(
             f"flashhead_{self.name}",
             self.inputs,
             self.outputs,
             self.source,
             METAL + self.header,
         )
+        return cast(Launch, made)
 
     @cached_property
-    def cuda(self) -> Callable:
+    def cuda(self) -> Launch:
         # Metal declares threadgroup memory as it qualifies pointers to it.
         shared = re.sub(r"\bthreadgroup (\w+ \w+\[)", r"__shared__ \1", self.source)
-        return mx.fast.cuda_kernel(
+        made = mx.fast.cuda_kernel(
             f"flashhead_{self.name}",
             self.inputs,
             self.outputs,
             shared,
             CUDA + self.header,
         )
+        return cast(Launch, made)
 
     def __call__(
         self,
@@ -145,7 +150,7 @@ def ready(variant: str, check: Callable[[], None]) -> bool:
             states[variant] = f"{type(error).__name__}: {reason}"
             warnings.warn(
                 f"mlx-flashhead: plain MLX replaces the kernel {variant} on "
-                f"{device_name()} ({device}, MLX {mx.__version__}): {states[variant]}",
+                f"{device_name()} ({device}, MLX {mlx_version()}): {states[variant]}",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -156,6 +161,10 @@ def ready(variant: str, check: Callable[[], None]) -> bool:
 def unused() -> mx.array:
     """Stands for an input that a variant of a kernel does not read."""
     return mx.zeros((1, 8), dtype=mx.uint32)
+
+
+def mlx_version() -> str:
+    return str(mx.__version__)  # type: ignore[attr-defined]
 
 
 def device_name() -> str:

@@ -6,6 +6,7 @@ import platform
 import time
 import warnings
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import click
 import mlx.core as mx
@@ -13,7 +14,7 @@ import mlx.core as mx
 from . import backend
 
 # One check per kind of code that a kernel has: name, module, arguments of its _check.
-_VARIANTS = [
+_VARIANTS: list[tuple[str, tuple[Any, ...]]] = [
     *[("select_probes", (C, mx.float32)) for C in (300, 8000, 16_384)],
     ("select_probes", (40_000, mx.bfloat16, mx.float32)),
     *[
@@ -41,7 +42,7 @@ _VARIANTS = [
 ]
 
 
-def report(run: bool = True) -> dict:
+def report(run: bool = True) -> dict[str, Any]:
     """Device, versions, back-end and the state of each kernel.
 
     Args:
@@ -53,11 +54,11 @@ def report(run: bool = True) -> dict:
         has used so far) and, after a run, ``self_test`` (milliseconds, compilation
         included, or what went wrong).
     """
-    result = {
+    result: dict[str, Any] = {
         "device": backend.device_name(),
         "machine": platform.platform(),
         "backend": backend.kind(),
-        "versions": {"python": platform.python_version(), "mlx": mx.__version__},
+        "versions": {"python": platform.python_version(), "mlx": backend.mlx_version()},
         "kernels": dict(backend.states),
     }
     for package in ("mlx-flashhead", "mlx-lm"):
@@ -80,11 +81,11 @@ def self_test(brief: bool = False) -> dict[str, str]:
     return {_name(kernel, args): _test(kernel, args) for kernel, args in chosen}
 
 
-def _name(kernel: str, args: tuple) -> str:
+def _name(kernel: str, args: tuple[Any, ...]) -> str:
     return f"{kernel}{args}".replace("mlx.core.", "")
 
 
-def _test(kernel: str, args: tuple) -> str:
+def _test(kernel: str, args: tuple[Any, ...]) -> str:
     module = importlib.import_module(f".{kernel}", __package__)
     if kernel == "probe_logits":
         stats, (dtype, D), *rest = args

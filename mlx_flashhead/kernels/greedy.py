@@ -103,11 +103,11 @@ def check_tokens(
 ) -> None:
     """Raise ``ValueError`` unless ``probes [B, p]`` and ``token_ids [C, m]`` are
     both there or both absent."""
-    if (probes is None) != (token_ids is None):
-        raise ValueError("probes and token_ids come together")
-    if probes is not None and (
-        probes.ndim != 2 or probes.shape[0] != batch_size or token_ids.ndim != 2
-    ):
+    if probes is None or token_ids is None:
+        if probes is not token_ids:
+            raise ValueError("probes and token_ids come together")
+        return
+    if probes.ndim != 2 or probes.shape[0] != batch_size or token_ids.ndim != 2:
         raise ValueError(
             f"probes must be [{batch_size}, p] and token_ids [C, m], "
             f"not {probes.shape} and {token_ids.shape}"
@@ -118,7 +118,7 @@ def to_tokens(
     candidates: mx.array, probes: mx.array | None, token_ids: mx.array | None
 ) -> mx.array:
     """Tokens of ``candidates [B]``, which are indices into ``[B, p * m]``."""
-    if probes is None:
+    if probes is None or token_ids is None:
         return candidates
     m = token_ids.shape[1]
     cluster = mx.take_along_axis(probes, (candidates // m)[:, None], axis=1)[:, 0]

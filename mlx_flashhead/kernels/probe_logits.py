@@ -7,6 +7,9 @@ import mlx.core as mx
 
 from . import backend
 
+# x, weight, scales, biases and probes of :func:`probe_logits`.
+_Arrays = tuple[mx.array, mx.array, mx.array | None, mx.array | None, mx.array]
+
 # One simdgroup scores one probed cluster, whose rows lie one after another. Eight
 # lanes share a row and read it side by side, 16 bytes or more each, so four rows are
 # read at once; a lane keeps ROWS such sets in flight and uses x for all of them. The
@@ -266,7 +269,9 @@ def probe_logits_stats(
     return ProbeLogits(*_run(True, args, group_size, bits, n_rows))
 
 
-def _run(stats: bool, args: tuple, group_size: int, bits: int, n_rows: int | None):
+def _run(
+    stats: bool, args: _Arrays, group_size: int, bits: int, n_rows: int | None
+) -> list[mx.array]:
     x, weight, scales, _, _ = args
     _validate(*args, group_size, bits)
     C, m = weight.shape[:2]
@@ -291,7 +296,15 @@ def _run(stats: bool, args: tuple, group_size: int, bits: int, n_rows: int | Non
     return _reference(stats, *args, group_size, bits, n_rows)
 
 
-def _validate(x, weight, scales, biases, probes, group_size: int, bits: int) -> None:
+def _validate(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array | None,
+    biases: mx.array | None,
+    probes: mx.array,
+    group_size: int,
+    bits: int,
+) -> None:
     if x.ndim != 2 or x.shape[1] % 32:
         raise ValueError(f"x must be [B, D] with D a multiple of 32, not {x.shape}")
     if probes.ndim != 2 or probes.shape[0] != x.shape[0] or probes.dtype != mx.uint32:
@@ -304,7 +317,7 @@ def _validate(x, weight, scales, biases, probes, group_size: int, bits: int) -> 
     if (scales is None) != (biases is None):
         raise ValueError("scales and biases come together")
     D = x.shape[1]
-    if scales is None:
+    if scales is None or biases is None:
         if weight.shape[2] != D or weight.dtype != x.dtype:
             raise ValueError(
                 f"weight must be {x.dtype} [C, m, {D}], "
@@ -332,26 +345,45 @@ def _validate(x, weight, scales, biases, probes, group_size: int, bits: int) -> 
         )
 
 
-def _exact(x, weight, scales, biases, probes, group_size, bits) -> mx.array:
+def _exact(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array | None,
+    biases: mx.array | None,
+    probes: mx.array,
+    group_size: int,
+    bits: int,
+) -> mx.array:
     """Logits in float32 from copies of the probed clusters. On a CPU this is also the
     fastest for packed rows: MLX's gather_qmm accumulates in the dtype of x there."""
-    B, p = probes.shape
     x = x.astype(mx.float32)[:, None]
-    arrays = [
-        None if a is None else a[probes].reshape(B, -1, a.shape[-1])
-        for a in (weight, scales, biases)
-    ]
-    arrays = [
-        a if a is None or a.dtype == mx.uint32 else a.astype(mx.float32) for a in arrays
-    ]
-    if scales is None:
-        return x @ arrays[0].swapaxes(-1, -2)
+
+    def rows(a: mx.array) -> mx.array:
+        a = a[probes].reshape(len(probes), -1, a.shape[-1])
+        return a if a.dtype == mx.uint32 else a.astype(mx.float32)
+
+    if scales is None or biases is None:
+        return x @ rows(weight).swapaxes(-1, -2)
     return mx.quantized_matmul(
-        x, *arrays, transpose=True, group_size=group_size, bits=bits
+        x,
+        rows(weight),
+        rows(scales),
+        rows(biases),
+        transpose=True,
+        group_size=group_size,
+        bits=bits,
     )
 
 
-def _gathered(x, weight, scales, biases, probes, group_size, bits) -> mx.array:
+def _gathered(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array | None,
+    biases: mx.array | None,
+    probes: mx.array,
+    group_size: int,
+    bits: int,
+) -> mx.array:
     """Logits without a copy of the clusters, in the precision of x."""
     x = x[:, None, None]
     if scales is None:
@@ -407,11 +439,18 @@ def _sizes(n_rows: int) -> mx.array:
 
 
 def _launch(
-    stats: bool, x, weight, scales, biases, probes, group_size, bits, n_rows
+    stats: bool,
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array | None,
+    biases: mx.array | None,
+    probes: mx.array,
+    group_size: int,
+    bits: int,
+    n_rows: int,
 ) -> list[mx.array]:
     B, p = probes.shape
     m = weight.shape[1]
-    quantized = scales is not None
     shapes = [((B, p * m), mx.float32)]
     if stats:
         shapes += [((B, p), t) for t in (mx.float32, mx.uint32, mx.float32)]
@@ -419,8 +458,8 @@ def _launch(
         [
             x,
             weight,
-            scales if quantized else x,
-            biases if quantized else x,
+            x if scales is None else scales,
+            x if biases is None else biases,
             probes,
             _sizes(n_rows),
         ],
@@ -430,7 +469,7 @@ def _launch(
             ("M", m),
             ("BITS", bits),
             ("GROUP_SIZE", group_size),
-            ("QUANTIZED", quantized),
+            ("QUANTIZED", scales is not None),
             ("THREADS", _THREADS),
         ],
         groups=(-(-p * 32 // _THREADS), B),

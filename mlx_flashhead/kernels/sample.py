@@ -355,7 +355,7 @@ def sample(
     numbers = _settings(temperature, top_p, min_p, top_k)
     options = [str(logits.dtype).split(".")[-1]]
     options += [n for n, on in zip(("top-p", "top-k", "tail"), rules) if on]
-    m = 0 if probes is None else token_ids.shape[1]
+    m = 0 if token_ids is None else token_ids.shape[1]
     options += [f"K {K}"] + [f"tokens, m {m}"] * (m > 0)
     variant = f"sample({', '.join(options)})"
     args = (logits, key, numbers, tail, probes, token_ids)
