@@ -222,11 +222,23 @@ class Truth:
         self.best = logits.reshape(len(logits), -1).argmax(-1)
 
     @cached_property
+    def _softmax(self) -> tuple[np.ndarray, np.ndarray]:
+        top = self.logits.max((1, 2), keepdims=True)
+        p = self.logits - top
+        np.exp(p, out=p)
+        total = p.sum((1, 2), dtype=np.float64)
+        p /= total.astype(np.float32)[:, None, None]
+        return p, top[:, 0, 0] + np.log(total)
+
+    @property
     def p(self) -> np.ndarray:
         """Probabilities, float32 ``[n, C, m]``."""
-        p = np.exp(self.logits - self.logits.max((1, 2), keepdims=True))
-        p /= p.sum((1, 2), dtype=np.float64).astype(np.float32)[:, None, None]
-        return p
+        return self._softmax[0]
+
+    @property
+    def log_z(self) -> np.ndarray:
+        """Log of the sum of ``exp(logit)``, float64 ``[n]``."""
+        return self._softmax[1]
 
     @cached_property
     def cluster_p(self) -> np.ndarray:
@@ -234,12 +246,16 @@ class Truth:
         p = self.p.sum(-1).astype(np.float64)
         return p / p.sum(-1, keepdims=True)
 
-    @cached_property
-    def log_z(self) -> np.ndarray:
-        """Log of the sum of ``exp(logit)``, float64 ``[n]``."""
-        top = self.logits.max((1, 2), keepdims=True)
-        total = np.exp(self.logits - top).sum((1, 2), dtype=np.float64)
-        return top[:, 0, 0] + np.log(total)
+    def log_p(self, positions: np.ndarray) -> np.ndarray:
+        """Log-probability of one token each, given where it stands in cluster order,
+        ``[n]``."""
+        rows = np.arange(len(self.logits))
+        return self.logits.reshape(len(rows), -1)[rows, positions] - self.log_z
+
+    def gap(self, positions: np.ndarray) -> np.ndarray:
+        """By how much the best logit exceeds that of one token each, ``[n]``."""
+        flat, rows = self.logits.reshape(len(self.logits), -1), np.arange(len(positions))
+        return flat[rows, self.best] - flat[rows, positions]
 
     def recall(self, probed: np.ndarray) -> np.ndarray:
         """Whether the best token's cluster is probed, bool ``[n]``."""

@@ -259,10 +259,13 @@ class FlashHead(nn.Module):
         each = self.log_masses(centroid_logits) - self._log_sizes
         return (self.transform or Transform()).inverse(each)
 
-    def select(self, centroid_logits: mx.array) -> mx.array:
+    def select(
+        self, centroid_logits: mx.array, n_probes: int | None = None
+    ) -> mx.array:
         """The clusters to probe, uint32 ``[B, p]``, ascending in each row; among equal
-        scores the lower index."""
-        return kernels.select_probes(centroid_logits, self.n_probes, spread=self.spread)
+        scores the lower index. ``n_probes``: instead of the head's own number."""
+        p = n_probes or self.n_probes
+        return kernels.select_probes(centroid_logits, p, spread=self.spread)
 
     def score(self, x: mx.array, probes: mx.array) -> mx.array:
         """Exact logits, float32 ``[B, p, m]``, of the rows of ``probes [B, p]``."""
