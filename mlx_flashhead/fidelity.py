@@ -119,12 +119,12 @@ def measure(
     """
     order = row_order(head)
     reference = Logits(head, weight[order], None if bias is None else bias[order])
-    stored, centroid_logits = stored_logits(head), CentroidLogits(head)
+    stored = stored_logits(head)
     parts: list = []
     by_temperature: dict[float, list] = {t: [] for t in temperatures}
     for s in blocks(len(states), len(order)):
         h = states[s]
-        true, own, scores = reference(h), stored(h), centroid_logits(h)
+        true, own, scores = reference(h), stored(h), head.centroid_logits(mx.array(h))
         plain = Truth(true), Found(own)
         probed = probed_clusters(head.select(scores), head.n_clusters)
         parts.append((plain[0].recall(probed), plain[1].best(probed) == plain[0].best))
@@ -191,17 +191,6 @@ def stored_logits(head: FlashHead) -> Logits:
     return Logits(head, flat, bias)
 
 
-class CentroidLogits:
-    """``head.centroid_logits`` for many states ``[n, D]`` at once, ``[n, C]``."""
-
-    def __init__(self, head: FlashHead):
-        self._product, self._bias = Product(head.centroids), head.centroid_bias
-
-    def __call__(self, states: np.ndarray) -> mx.array:
-        scores = mx.array(self._product(states))
-        return scores if self._bias is None else scores + self._bias
-
-
 def probed_clusters(probes: mx.array, n_clusters: int) -> np.ndarray:
     """Whether each cluster is among ``probes [n, p]``, bool ``[n, C]``."""
     probed = np.zeros((len(probes), n_clusters), bool)
@@ -254,7 +243,10 @@ class Truth:
 
     def gap(self, positions: np.ndarray) -> np.ndarray:
         """By how much the best logit exceeds that of one token each, ``[n]``."""
-        flat, rows = self.logits.reshape(len(self.logits), -1), np.arange(len(positions))
+        flat, rows = (
+            self.logits.reshape(len(self.logits), -1),
+            np.arange(len(positions)),
+        )
         return flat[rows, self.best] - flat[rows, positions]
 
     def recall(self, probed: np.ndarray) -> np.ndarray:

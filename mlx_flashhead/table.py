@@ -97,7 +97,9 @@ class Table(nn.Module):
         weight, *rest = self._arrays()
         if dtype == mx.float32:
             # MLX would compute in the dtype of the scales, then cast.
-            rest = [a if a is None or a.dtype == mx.uint8 else a.astype(dtype) for a in rest]
+            rest = [
+                a if a is None or a.dtype == mx.uint8 else a.astype(dtype) for a in rest
+            ]
         return mx.dequantize(
             weight,
             *rest,
