@@ -108,14 +108,14 @@ def papers(head, weight: np.ndarray, states: np.ndarray, temperature: float):
         logits = np.where(real, rows @ h / temperature, -np.inf).reshape(c, m)
         p = np.exp(np.where(real, reference - reference.max(), -np.inf))
         p /= p.sum()
-        means = np.array(head.mean_logits(mx.array(h[None])))[0] / temperature
-        share = np.exp(means - means.max())
+        scores = np.array(head.centroid_logits(mx.array(h[None])))[0] / temperature
+        share = np.exp(scores - scores.max())
         share /= share.sum()
         own = np.logaddexp.reduce(logits, axis=1)
         one = (share[:, None] * np.exp(logits - own[:, None])).reshape(-1)
         many = np.zeros(c * m)
         for _ in range(N_DRAWS):
-            gumbel = means + rng.gumbel(size=c)
+            gumbel = scores + rng.gumbel(size=c)
             drawn = np.argpartition(-gumbel, head.n_probes - 1)[: head.n_probes]
             total = np.logaddexp.reduce(own[drawn])
             many.reshape(c, m)[drawn] += np.exp(logits[drawn] - total) / N_DRAWS
@@ -144,7 +144,7 @@ def _tables(head, states: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     logits = [np.array(head.score(x[i : i + 1], everything))[0] for i in range(len(h))]
     return {
         "names": np.repeat(list(states), [len(s) for s in states.values()]),
-        "means": np.array(head.mean_logits(x)),
+        "centroid_logits": np.array(head.centroid_logits(x)),
         "logits": np.array(logits, np.float32),
         "spread": np.array(head.spread),
         "excess": np.array(head.excess),

@@ -43,24 +43,24 @@ class Replayed(FlashHead):
             n_probes=p,
         )
 
-    def replay(self, means: np.ndarray, logits: np.ndarray) -> None:
-        self._one_mean = mx.array(means[None])
+    def replay(self, centroid_logits: np.ndarray, logits: np.ndarray) -> None:
+        self._one_state = mx.array(centroid_logits[None])
         self._one_table = mx.array(logits)
-        self._one_choice = super().select(self._one_mean)
-        mx.eval(self._one_mean, self._one_table, self._one_choice)
+        self._one_choice = super().select(self._one_state)
+        mx.eval(self._one_state, self._one_table, self._one_choice)
         self._compiled.clear()
 
-    def mean_logits(self, x):
-        return mx.broadcast_to(self._one_mean, (len(x), self.n_clusters))
+    def centroid_logits(self, x):
+        return mx.broadcast_to(self._one_state, (len(x), self.n_clusters))
 
-    def select(self, means):
-        return mx.broadcast_to(self._one_choice, (len(means), self.n_probes))
+    def select(self, centroid_logits):
+        return mx.broadcast_to(self._one_choice, (len(centroid_logits), self.n_probes))
 
     def score(self, x, probes):
         return self._one_table[probes]
 
 
-def expected(head: Replayed, means, logits, temperature: float):
+def expected(head: Replayed, centroid_logits, logits, temperature: float):
     """Probabilities ``[C, m]``, and whether each cluster was probed, in float64."""
     c, m = logits.shape
     probed = np.zeros(c, bool)
@@ -68,7 +68,9 @@ def expected(head: Replayed, means, logits, temperature: float):
     logits = logits.astype(np.float64) / temperature
     own = np.logaddexp.reduce(logits, axis=1)
     weights = np.array(head.log_weights(temperature), np.float64)
-    mass = np.where(probed, own, means.astype(np.float64) / temperature + weights)
+    mass = np.where(
+        probed, own, centroid_logits.astype(np.float64) / temperature + weights
+    )
     mass -= np.logaddexp.reduce(mass)
     return np.exp(logits - own[:, None] + mass[:, None]), probed
 
@@ -112,10 +114,10 @@ def main(path, draws, batch, temperatures, seed) -> None:
     )
     worst = []
     for i, name in enumerate(tables["names"]):
-        means, logits = tables["means"][i], tables["logits"][i]
-        head.replay(means, logits)
+        centroid_logits, logits = tables["centroid_logits"][i], tables["logits"][i]
+        head.replay(centroid_logits, logits)
         for t in temperatures:
-            p, probed = expected(head, means, logits, t)
+            p, probed = expected(head, centroid_logits, logits, t)
             counts = np.zeros(head.vocab_size, np.int64)
             for j in range(draws // batch):
                 key = mx.array([seed, i * draws + j], dtype=mx.uint32)

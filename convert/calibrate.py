@@ -6,20 +6,17 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_flashhead.attach import watching
 from mlx_flashhead.linalg import matmul
+from mlx_flashhead.states import WINDOW, batch_states, hidden_states
 
 from .progress import Progress, silent
 
 # Tokens taken from the text, evenly over its documents.
 N_TOKENS = 8192
-# Longest run of tokens that the model reads at once.
-WINDOW = 256
 # Texts that the model reads side by side.
 BATCH = 4
 # One document in this many is held out from the fit, for the report.
@@ -100,8 +97,6 @@ def collect(
 ) -> States:
     """Run the model over the documents and keep what its head is given.
 
-    The logits are never computed: MLX evaluates only the states.
-
     Args:
         model: An mlx-lm model.
         tokenizer: Its tokenizer.
@@ -130,35 +125,4 @@ def _batch_states(
     length = len(texts[0])
     if length > WINDOW + 1 or any(len(t) != length for t in texts):
         return [hidden_states(model, head_path, t) for t in texts]
-    return list(_checked(_run(model, head_path, texts)))
-
-
-def hidden_states(model: nn.Module, head_path: str, tokens: list[int]) -> np.ndarray:
-    """What the head is given after each token but the first, float32 ``[n - 1, D]``;
-    the first is the same for every text where there is a beginning-of-text token.
-
-    Texts longer than WINDOW are read in windows of their own.
-    """
-    states = []
-    for start in range(0, max(1, len(tokens) - 1), WINDOW):
-        window = tokens[start : start + WINDOW + 1]
-        if start:
-            window = [tokens[0], *window[1:]]
-        states.append(_run(model, head_path, [window])[0])
-    return _checked(np.concatenate(states))
-
-
-def _run(model: nn.Module, head_path: str, tokens: list[list[int]]) -> np.ndarray:
-    """States ``[B, n - 1, D]`` after each token but the first of ``tokens [B, n]``."""
-    with watching(model, head_path) as seen:
-        model(mx.array(tokens))
-    return np.array(seen.states[-1][:, 1:].astype(mx.float32))
-
-
-def _checked(states: np.ndarray) -> np.ndarray:
-    if not np.isfinite(states).all():
-        raise CalibrationError(
-            "the model's hidden states are not finite: its weights are damaged, or "
-            "its dtype overflows (try --dtype bfloat16)"
-        )
-    return states
+    return list(batch_states(model, head_path, texts))

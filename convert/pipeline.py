@@ -153,9 +153,9 @@ def convert(
         What was made, measured on calibration text held out from the fit.
 
     Raises:
-        ConvertError, SourceError, StagingError, CalibrationError, HeadNotFound,
-        GGUFError: Each a ``ValueError`` with one line that says what to do. Nothing is
-        left behind.
+        ConvertError, SourceError, StagingError, CalibrationError, StatesError,
+        HeadNotFound, GGUFError: Each a ``ValueError`` with one line that says what to
+        do. Nothing is left behind.
     """
     start = time.perf_counter()
     if (hf_path is None) == (gguf_path is None):

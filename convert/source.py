@@ -88,8 +88,11 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map_with_path(set_dtype, model.parameters()))
 
 
-def open_hf(name: str, revision: str | None, trust_remote_code: bool) -> Source:
-    """A local folder, or a snapshot from the Hugging Face hub.
+def open_hf(
+    name: str, revision: str | None, trust_remote_code: bool, flag: str = "--hf-path"
+) -> Source:
+    """A local folder, or a snapshot from the Hugging Face hub. ``flag`` is the option
+    that named it.
 
     Raises:
         SourceError: Neither is there.
@@ -97,13 +100,13 @@ def open_hf(name: str, revision: str | None, trust_remote_code: bool) -> Source:
     path = Path(name)
     if path.is_file():
         hint = "use --gguf-path" if path.suffix == ".gguf" else "give its folder"
-        raise SourceError(f"--hf-path {name} is a file; {hint}")
+        raise SourceError(f"{flag} {name} is a file; {hint}")
     try:
         folder = utils._download(name, revision=revision)
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         raise SourceError(
-            f"--hf-path {name}: no such folder, and the Hugging Face hub does not "
+            f"{flag} {name}: no such folder, and the Hugging Face hub does not "
             f"give it ({reason[:200]})"
         ) from e
     if not (folder / "config.json").is_file():
@@ -129,3 +132,14 @@ def open_gguf(path: str, workspace: Path, dtype: str | None) -> Source:
     folder = workspace / "source"
     read_gguf(path).write(folder, dtype=dtype or "bfloat16")
     return Source(folder, path)
+
+
+def open_reference(name: str, workspace: Path) -> Source:
+    """A GGUF file, a local folder or a Hugging Face id, as ``--reference`` takes them.
+
+    Raises:
+        SourceError, GGUFError: It cannot be opened.
+    """
+    if Path(name).suffix == ".gguf":
+        return open_gguf(name, workspace, None)
+    return open_hf(name, None, False, "--reference")

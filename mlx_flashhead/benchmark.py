@@ -18,26 +18,9 @@ from .benchmarking.energy import meter
 from .benchmarking.latency import on_gpu, spread
 from .benchmarking.matrix import SAMPLERS, Cell, cells, limits, measure, n_runs
 from .blas import hint
-from .cli import one_line_errors
+from .cli import Listed, one_line_errors
 from .generate import _check_exists
-
-
-class Listed(click.ParamType):
-    """Values with commas between them."""
-
-    name = "a,b,..."
-
-    def __init__(self, read: Callable[[str], Any]):
-        self._read = read
-
-    def convert(self, value, param, ctx):
-        if not isinstance(value, str):
-            return value
-        try:
-            values = [self._read(word.strip()) for word in value.split(",")]
-        except ValueError as e:
-            self.fail(f"{value!r}: {e}", param, ctx)
-        return tuple(dict.fromkeys(values))
+from .outputs import check_outputs
 
 
 def _one_of(names) -> Callable[[str], str]:
@@ -150,7 +133,7 @@ def benchmark(
     """The command, its options by their names."""
     for option, path in (("model", model), *(("against", a) for a in against)):
         _check_exists(option, path)
-    _check_outputs({"--json": json_path, "--markdown": markdown, "--plot": plot})
+    check_outputs({"--json": json_path, "--markdown": markdown, "--plot": plot})
     bounds = limits(quick)
     chosen, left = cells(batch_sizes, prompt_tokens, None if everything else bounds)
     max_tokens, repeats = max_tokens or bounds.max_tokens, repeats or bounds.repeats
@@ -234,20 +217,6 @@ def _listed(cells: list[Cell]) -> str:
         by_batch.setdefault(cell.batch_size, []).append(f"{cell.prompt_tokens:,}")
     parts = (f"batch {b}: {', '.join(n)}" for b, n in by_batch.items())
     return f"prompt tokens at {'; at '.join(parts)}"
-
-
-def _check_outputs(paths: dict[str, str | None]) -> None:
-    """Raise ValueError now for what could not be written after minutes."""
-    for flag, path in paths.items():
-        if path is None:
-            continue
-        folder = Path(path).absolute().parent
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ValueError(f"{flag} {path}: {folder} is no folder to write to")
-        if Path(path).is_dir():
-            raise ValueError(f"{flag} {path} is a folder; give a file's name")
-    if paths["--plot"] is not None:
-        report.check_plot(paths["--plot"])
 
 
 def _loading(model: str, against: tuple[str, ...], repeats: int) -> list[dict]:

@@ -122,9 +122,9 @@ def full_logits(head: FlashHead, h: mx.array) -> mx.array:
 
 
 def _retrieved(head: FlashHead, h: mx.array) -> mx.array:
-    means = head.mean_logits(h)
-    probes = head.select(means)
-    return _expanded(head, means, probes, head.score(h, probes))
+    centroid_logits = head.centroid_logits(h)
+    probes = head.select(centroid_logits)
+    return _expanded(head, centroid_logits, probes, head.score(h, probes))
 
 
 def _expanded(head: FlashHead, *found: mx.array) -> mx.array:
@@ -141,10 +141,10 @@ def _draw(
 ) -> tuple[mx.array, ...]:
     """:func:`draw` without processors, of arrays alone."""
     if settings.greedy:
-        means = head.mean_logits(h)
-        probes = head.select(means)
+        centroid_logits = head.centroid_logits(h)
+        probes = head.select(centroid_logits)
         tokens, logits = head.best(h, probes)
-        return tokens, means, probes, logits
+        return tokens, centroid_logits, probes, logits
     found, pool = _find(head, settings, h, key)
     ids = None
     if settings.xtc_special_tokens:
@@ -157,8 +157,8 @@ def _find(
     head: FlashHead, settings: Settings, h: mx.array, key: mx.array
 ) -> tuple[Retrieved, _Pool]:
     """What is scored for ``h``, the tail cluster last, and the pool it makes."""
-    means = head.mean_logits(h)
-    probes = probed = head.select(means)
+    centroid_logits = head.centroid_logits(h)
+    probes = probed = head.select(centroid_logits)
     unsure = not settings.greedy and head.n_probes < head.n_clusters
     # Min-p and top-k drop the tail, which top-p and XTC before them have counted.
     has_tail = unsure and settings.top_k == 0 and settings.min_p == 0
@@ -167,7 +167,7 @@ def _find(
     if has_tail or counts:
 
         def unprobed(temperature: float) -> mx.array:
-            masses = head.log_masses(means, temperature)
+            masses = head.log_masses(centroid_logits, temperature)
             return mx.put_along_axis(masses, probed, mx.array(-mx.inf), axis=-1)
 
         at_one = heated = mx.full((len(h),), -mx.inf)
@@ -184,7 +184,7 @@ def _find(
     logits = mx.where(exact > -mx.inf, _transform(head)(exact), -mx.inf)
     n = head.n_probes * head.cluster_size
     rest = logits[:, n:] if has_tail else None
-    return Retrieved(means, probes, exact), _Pool(logits[:, :n], rest, tail)
+    return Retrieved(centroid_logits, probes, exact), _Pool(logits[:, :n], rest, tail)
 
 
 def _choose(

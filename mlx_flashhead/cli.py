@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import click
 
@@ -16,3 +17,21 @@ def one_line_errors() -> Iterator[None]:
     except (ValueError, OSError, KeyError, RuntimeError, MemoryError) as e:
         reason = " ".join(str(e).split()) or type(e).__name__
         raise click.ClickException(reason[:600]) from e
+
+
+class Listed(click.ParamType):
+    """Values with commas between them."""
+
+    name = "a,b,..."
+
+    def __init__(self, read: Callable[[str], Any]):
+        self._read = read
+
+    def convert(self, value, param, ctx):
+        if not isinstance(value, str):
+            return value
+        try:
+            values = [self._read(word.strip()) for word in value.split(",")]
+        except ValueError as e:
+            self.fail(f"{value!r}: {e}", param, ctx)
+        return tuple(dict.fromkeys(values))

@@ -1,22 +1,30 @@
-"""How faithful a FlashHead is to the dense head it stands for.
+"""How faithful a head is to the unquantized dense head that it stands for.
 
-Both are given the same hidden states. The reference is the unquantized dense head; the
-FlashHead's distribution is the one that its sampling implies: exact logits where
-probed, the estimated mass of each other cluster, and within that the exact logits again
-(see :mod:`mlx_flashhead.candidates`).
+Both are given the same hidden states. Of a FlashHead, the distribution is the one that
+its sampling implies: exact logits where probed, the estimated mass of each other
+cluster, and within that the exact logits again (see :mod:`mlx_flashhead.candidates`). A
+dense head is one that probes everything. All logits are in the FlashHead's cluster
+order, ``[n, C, m]``, so that most of the work is done by cluster.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
 
 from .head import FlashHead
-from .linalg import blocks, matmul
+from .linalg import Product, blocks
+from .table import Table
 from .transform import Transform
+
+# The logit of padding: finite, and of no weight.
+PADDING = -1e30
+# Tokens of the top-10 recall.
+TOP = 10
 
 
 @dataclass(frozen=True)
@@ -109,50 +117,31 @@ def measure(
         details: Whether to find what :class:`Distribution` has only then.
         step: Called after each block of :func:`n_blocks`.
     """
-    c, m, d = head.n_clusters, head.cluster_size, head.hidden_size
-    transform = head.transform or Transform()
-    order = np.array(head.token_ids).reshape(-1)
-    # Padding gets logits that weigh nothing.
-    mask = np.where(order < head.vocab_size, 0, -1e30).astype(np.float32)
-    order = np.minimum(order, head.vocab_size - 1)
-    ordered = weight[order]
-    rows = np.array(head.rows.dequantize(mx.float32)).reshape(c * m, d)
-    rows_bias = None
-    if bias is not None:
-        bias = bias[order]
-        rows_bias = np.array(head.bias.astype(mx.float32)).reshape(-1)
-
-    def logits(
-        h: np.ndarray, matrix: np.ndarray, offset: np.ndarray | None
-    ) -> np.ndarray:
-        y = matmul(h, matrix.T)
-        if offset is not None:
-            y += offset
-        y = transform(y)
-        y += mask
-        return y.reshape(len(h), c, m)
-
-    parts: list[tuple[np.ndarray, np.ndarray]] = []
-    by_temperature: dict[float, list[tuple[np.ndarray, ...]]]
-    by_temperature = {t: [] for t in temperatures}
-    for s in blocks(len(states), c * m):
+    order = row_order(head)
+    reference = Logits(head, weight[order], None if bias is None else bias[order])
+    stored = stored_logits(head)
+    parts: list = []
+    by_temperature: dict[float, list] = {t: [] for t in temperatures}
+    for s in blocks(len(states), len(order)):
         h = states[s]
-        reference = logits(h, ordered, bias)
-        stored = logits(h, rows, rows_bias)
-        means = head.mean_logits(mx.array(h))
-        probes = np.array(head.select(means)).astype(np.int64)
-        parts.append(_compare_best(reference, stored, probes))
+        true, own, scores = reference(h), stored(h), head.centroid_logits(mx.array(h))
+        plain = Truth(true), Found(own)
+        probed = probed_clusters(head.select(scores), head.n_clusters)
+        parts.append((plain[0].recall(probed), plain[1].best(probed) == plain[0].best))
         for t in by_temperature:
-            masses = np.array(head.log_masses(means, t))
-            by_temperature[t].append(
-                _compare(reference, stored, probes, masses, t, details)
-            )
+            truth, found = plain if t == 1 else (Truth(true / t), Found(own / t))
+            masses = np.array(head.log_masses(scores, t))
+            implied = Implied(truth, found, probed, masses)
+            row = [implied.probed_mass, *implied.kl_terms]
+            if details:
+                row += [implied.total_variation(), implied.equal_shares()]
+            by_temperature[t].append(row)
         step()
     at = {}
-    for t, found in by_temperature.items():
-        mass, a, log_probed, log_tail, *rest = (np.concatenate(p) for p in zip(*found))
-        at[t] = Distribution(mass, (a, log_probed, log_tail), *rest)
-    recall, agreement = (np.concatenate(p) for p in zip(*parts))
+    for t, rows in by_temperature.items():
+        mass, *rest = (np.concatenate(p) for p in zip(*rows, strict=True))
+        at[t] = Distribution(mass, tuple(rest[:3]), *rest[3:])
+    recall, agreement = (np.concatenate(p) for p in zip(*parts, strict=True))
     return Fidelity(recall, agreement, at)
 
 
@@ -161,62 +150,229 @@ def n_blocks(head: FlashHead, n_states: int) -> int:
     return len(list(blocks(n_states, head.n_clusters * head.cluster_size)))
 
 
-def _compare_best(
-    reference: np.ndarray, stored: np.ndarray, probes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Recall and agreement; both logits ``[n, C, m]``, probes ``[n, p]``."""
-    n, _, m = reference.shape
-    rows = np.arange(n)
-    best = reference.reshape(n, -1).argmax(-1)
-    candidates = np.take_along_axis(stored, probes[..., None], axis=1)
-    choice = candidates.reshape(n, -1).argmax(-1)
-    chosen = probes[rows, choice // m] * m + choice % m
-    return (probes == (best // m)[:, None]).any(-1), chosen == best
+def row_order(head: FlashHead) -> np.ndarray:
+    """The token of each row in cluster order, ``[C * m]``; some token for padding."""
+    return np.minimum(np.array(head.token_ids).reshape(-1), head.vocab_size - 1)
 
 
-def _compare(
-    reference: np.ndarray,
-    stored: np.ndarray,
-    probes: np.ndarray,
-    masses: np.ndarray,
-    temperature: float,
-    details: bool,
-) -> tuple[np.ndarray, ...]:
-    """Both logits ``[n, C, m]``, probes ``[n, p]``, estimated log-masses ``[n, C]``;
-    see :class:`Distribution`. What can be is summed by cluster first."""
-    n, c, m = reference.shape
-    if temperature != 1:
-        reference, stored = reference / temperature, stored / temperature
-    probed = np.zeros((n, c), bool)
-    np.put_along_axis(probed, probes, True, axis=1)
-    shift = reference.max((1, 2))
-    scratch = reference - shift[:, None, None]
-    p = np.exp(scratch)
-    cluster_p = p.sum(-1).astype(np.float64)
-    total = cluster_p.sum(-1)
-    mass = np.sum(cluster_p, -1, where=probed) / total
+class Logits:
+    """The model's logits, float32 ``[n, C, m]``, of hidden states ``[n, D]``.
 
-    # What lifts an unprobed cluster's own logits to its estimated mass.
-    top = stored.max(-1)
-    np.subtract(stored, top[..., None], out=scratch)
-    own = top + np.log(np.exp(scratch, out=scratch).sum(-1))
-    lift = np.where(probed, 0, masses - own)
-    log_probed = _logsumexp(np.where(probed, own, -np.inf))
-    log_tail = _logsumexp(np.where(probed, -np.inf, masses))
-    np.subtract(reference, stored, out=scratch)
-    a = np.einsum("ncm,ncm->n", p, scratch) - np.sum(cluster_p * lift, -1)
-    a = a / total - shift - np.log(total)
-    if not details:
-        return mass, a, log_probed, log_tail
+    Args:
+        head: The FlashHead that gives the order of the rows and the transform.
+        rows: A head's rows in that order, ``[C * m, D]``.
+        bias: Of each row, float32 ``[C * m]``.
+    """
 
-    log_z = np.logaddexp(log_probed, log_tail)
-    q = np.exp(stored + (lift - log_z[:, None]).astype(np.float32)[..., None])
-    q -= p / total[:, None, None].astype(np.float32)
-    variation = np.abs(q, out=q).sum((1, 2), dtype=np.float64) / 2
-    sizes = (reference[0] > -1e29).sum(-1)
-    expected = np.einsum("ncm,ncm->nc", p, np.maximum(stored, -1e4))
-    equal = np.sum(expected - cluster_p * (own - np.log(sizes)), -1, where=~probed)
-    return mass, a, log_probed, log_tail, variation, equal / total
+    def __init__(
+        self, head: FlashHead, rows: Table | np.ndarray, bias: np.ndarray | None
+    ):
+        self._product, self._bias = Product(rows), bias
+        self._transform = head.transform or Transform()
+        self._shape = head.n_clusters, head.cluster_size
+        self._vocab_size = head.vocab_size
+
+    def __call__(self, states: np.ndarray) -> np.ndarray:
+        y = self._product(states)
+        if self._bias is not None:
+            y += self._bias
+        y = self._transform(y)
+        # Padding stands at the end.
+        y[:, self._vocab_size :] = PADDING
+        return y.reshape(len(states), *self._shape)
+
+
+def stored_logits(head: FlashHead) -> Logits:
+    """The logits of a FlashHead's own rows."""
+    bias = None
+    if "bias" in head:
+        bias = np.array(head.bias.astype(mx.float32)).reshape(-1)
+    flat = head.rows.map(lambda a: a.reshape(-1, a.shape[-1]))
+    return Logits(head, flat, bias)
+
+
+def probed_clusters(probes: mx.array, n_clusters: int) -> np.ndarray:
+    """Whether each cluster is among ``probes [n, p]``, bool ``[n, C]``."""
+    probed = np.zeros((len(probes), n_clusters), bool)
+    np.put_along_axis(probed, np.array(probes).astype(np.int64), True, axis=1)
+    return probed
+
+
+class Truth:
+    """What the reference makes of some states.
+
+    Attributes:
+        logits: float32 ``[n, C, m]``.
+        best: Where its best token stands in cluster order, ``[n]``.
+    """
+
+    def __init__(self, logits: np.ndarray):
+        self.logits = logits
+        self.best = logits.reshape(len(logits), -1).argmax(-1)
+
+    @cached_property
+    def _softmax(self) -> tuple[np.ndarray, np.ndarray]:
+        top = self.logits.max((1, 2), keepdims=True)
+        p = self.logits - top
+        np.exp(p, out=p)
+        total = p.sum((1, 2), dtype=np.float64)
+        p /= total.astype(np.float32)[:, None, None]
+        return p, top[:, 0, 0] + np.log(total)
+
+    @property
+    def p(self) -> np.ndarray:
+        """Probabilities, float32 ``[n, C, m]``."""
+        return self._softmax[0]
+
+    @property
+    def log_z(self) -> np.ndarray:
+        """Log of the sum of ``exp(logit)``, float64 ``[n]``."""
+        return self._softmax[1]
+
+    @cached_property
+    def cluster_p(self) -> np.ndarray:
+        """Probability of each cluster, float64 ``[n, C]``; the sum is 1."""
+        p = self.p.sum(-1).astype(np.float64)
+        return p / p.sum(-1, keepdims=True)
+
+    def log_p(self, positions: np.ndarray) -> np.ndarray:
+        """Log-probability of one token each, given where it stands in cluster order,
+        ``[n]``."""
+        rows = np.arange(len(self.logits))
+        return self.logits.reshape(len(rows), -1)[rows, positions] - self.log_z
+
+    def gap(self, positions: np.ndarray) -> np.ndarray:
+        """By how much the best logit exceeds that of one token each, ``[n]``."""
+        flat, rows = (
+            self.logits.reshape(len(self.logits), -1),
+            np.arange(len(positions)),
+        )
+        return flat[rows, self.best] - flat[rows, positions]
+
+    def recall(self, probed: np.ndarray) -> np.ndarray:
+        """Whether the best token's cluster is probed, bool ``[n]``."""
+        m = self.logits.shape[-1]
+        return np.take_along_axis(probed, (self.best // m)[:, None], axis=1)[:, 0]
+
+    @cached_property
+    def _top_clusters(self) -> np.ndarray:
+        """The clusters of the ten best tokens, ``[n, 10]``; they are among the ten
+        clusters with the largest maxima."""
+        n, c, m = self.logits.shape
+        k = min(TOP, c)
+        clusters = np.argpartition(self.logits.max(-1), c - k, axis=-1)[:, c - k :]
+        among = np.take_along_axis(self.logits, clusters[..., None], 1).reshape(n, -1)
+        k = min(TOP, int((self.logits[0] > PADDING / 2).sum()))
+        tokens = np.argpartition(among, among.shape[1] - k, axis=-1)[:, -k:]
+        return np.take_along_axis(clusters, tokens // m, axis=1)
+
+    def top_recall(self, probed: np.ndarray) -> np.ndarray:
+        """Share of the ten best tokens whose cluster is probed, ``[n]``."""
+        return np.take_along_axis(probed, self._top_clusters, axis=1).mean(-1)
+
+
+class Found:
+    """What another head makes of the same states, everything scored.
+
+    Attributes:
+        logits: float32 ``[n, C, m]``.
+        top: The best of each cluster, ``[n, C]``.
+        shares: ``exp(logit - top)``, ``[n, C, m]``.
+        log_masses: Log of each cluster's sum of ``exp(logit)``, ``[n, C]``.
+    """
+
+    def __init__(self, logits: np.ndarray):
+        self.logits = logits
+
+    @cached_property
+    def top(self) -> np.ndarray:
+        return self.logits.max(-1)
+
+    @cached_property
+    def shares(self) -> np.ndarray:
+        shares = self.logits - self.top[..., None]
+        return np.exp(shares, out=shares)
+
+    @cached_property
+    def log_masses(self) -> np.ndarray:
+        return self.top + np.log(self.shares.sum(-1))
+
+    def best(self, probed: np.ndarray) -> np.ndarray:
+        """Where the best token of what is probed stands in cluster order, ``[n]``."""
+        rows, m = np.arange(len(self.logits)), self.logits.shape[-1]
+        cluster = np.where(probed, self.top, -np.inf).argmax(-1)
+        return cluster * m + self.logits[rows, cluster].argmax(-1)
+
+
+class Implied:
+    """The distribution that sampling implies, beside the reference's.
+
+    Args:
+        truth, found: What the heads make of the states.
+        probed: bool ``[n, C]``.
+        masses: Estimated log-masses of the clusters, ``[n, C]``; not used where
+          everything is probed.
+
+    Attributes:
+        probed_mass: The reference's probability of what is probed, ``[n]``.
+        kl_terms: As in :class:`Distribution`.
+    """
+
+    def __init__(
+        self,
+        truth: Truth,
+        found: Found,
+        probed: np.ndarray,
+        masses: np.ndarray | None = None,
+    ):
+        self._truth, self._found, self._probed = truth, found, probed
+        own = found.log_masses
+        tail = own if masses is None else masses
+        # What lifts an unprobed cluster's own logits to its estimated mass.
+        self._lift = np.where(probed, 0, tail - own)
+        self._log_probed = _logsumexp(np.where(probed, own, -np.inf))
+        self._log_tail = _logsumexp(np.where(probed, -np.inf, tail))
+        self.probed_mass = np.sum(truth.cluster_p, -1, where=probed)
+
+    @cached_property
+    def log_z(self) -> np.ndarray:
+        return np.logaddexp(self._log_probed, self._log_tail)
+
+    @cached_property
+    def kl_terms(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        truth = self._truth
+        gap = truth.logits - self._found.logits
+        a = np.einsum("ncm,ncm->n", truth.p, gap).astype(np.float64)
+        a -= np.sum(truth.cluster_p * self._lift, -1) + truth.log_z
+        return a, self._log_probed, self._log_tail
+
+    def kl(self) -> np.ndarray:
+        """KL(reference || head) in nats, ``[n]``."""
+        return self.kl_terms[0] + self.log_z
+
+    def total_variation(self) -> np.ndarray:
+        """``sum |p - q| / 2``, ``[n]``."""
+        weight = self._found.top + self._lift - self.log_z[:, None]
+        q = self._found.shares * np.exp(weight).astype(np.float32)[..., None]
+        q -= self._truth.p
+        return np.abs(q, out=q).sum((1, 2), dtype=np.float64) / 2
+
+    def log_q(self, positions: np.ndarray) -> np.ndarray:
+        """Log-probability of one token each, given where it stands in cluster order,
+        ``[n]``."""
+        n, _, m = self._found.logits.shape
+        rows, clusters = np.arange(n), positions // m
+        logits = self._found.logits[rows, clusters, positions % m]
+        return logits + self._lift[rows, clusters] - self.log_z
+
+    def equal_shares(self) -> np.ndarray:
+        """See :class:`Distribution`."""
+        found, truth = self._found, self._truth
+        sizes = (truth.logits[0] > PADDING / 2).sum(-1)
+        logits = np.maximum(found.logits, -1e4)
+        expected = np.einsum("ncm,ncm->nc", truth.p, logits)
+        equal = expected - truth.cluster_p * (found.log_masses - np.log(sizes))
+        return np.sum(equal, -1, where=~self._probed)
 
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:

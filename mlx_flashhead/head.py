@@ -50,13 +50,13 @@ class Retrieved(NamedTuple):
     """What a decode step knows of its logits, before the model's own transform.
 
     Attributes:
-        means (mx.array): Mean logit of each cluster, float32 ``[B, C]``.
+        centroid_logits (mx.array): Logit of each centroid, float32 ``[B, C]``.
         probes (mx.array): Clusters that were scored, uint32 ``[B, q]``.
         logits (mx.array): Exact logits of their rows, float32 ``[B, q * m]``;
           ``-inf`` for padding.
     """
 
-    means: mx.array
+    centroid_logits: mx.array
     probes: mx.array
     logits: mx.array
 
@@ -128,7 +128,7 @@ class FlashHead(nn.Module):
         if bias is not None:
             real = token_ids < vocab_size
             total = mx.where(real, bias.astype(mx.float32), 0).sum(-1)
-            self._mean_bias = total / real.sum(-1)
+            self._centroid_bias = total / real.sum(-1)
         # Not dicts of its own: a module takes those for parameters.
         object.__setattr__(self, "_compiled", {})
         object.__setattr__(self, "_log_weights", {})
@@ -205,12 +205,15 @@ class FlashHead(nn.Module):
             y = y + self.bias.reshape(-1)
         return y[..., self._position]
 
-    def mean_logits(self, x: mx.array) -> mx.array:
+    @property
+    def centroid_bias(self) -> mx.array | None:
+        """Mean bias of each cluster's tokens, float32 ``[C]``, where there is one."""
+        return self._centroid_bias if "bias" in self else None
+
+    def centroid_logits(self, x: mx.array) -> mx.array:
         """Logit of each cluster's centroid, float32 ``[B, C]``, for ``x [B, D]``."""
-        means = self._stage_1(x.dtype).matmul(x).astype(mx.float32)
-        if "bias" in self:
-            means = means + self._mean_bias
-        return means
+        logits = self._stage_1(x.dtype).matmul(x).astype(mx.float32)
+        return logits if self.centroid_bias is None else logits + self.centroid_bias
 
     def _stage_1(self, dtype: mx.Dtype) -> Table:
         """The centroids as they are read: unpacked for float32 states on a CPU, where
@@ -218,11 +221,7 @@ class FlashHead(nn.Module):
         if not self.centroids.quantized or dtype != mx.float32 or on_gpu():
             return self.centroids
         if self._unpacked is None or self._unpacked[0] is not self.centroids.weight:
-            # MLX rounds to the dtype of the scales.
-            wide = self.centroids.map(
-                lambda a: a if a.dtype == mx.uint32 else a.astype(mx.float32)
-            )
-            rows = wide.dequantize()
+            rows = self.centroids.dequantize(mx.float32)
             mx.eval(rows)
             object.__setattr__(self, "_unpacked", (self.centroids.weight, Table(rows)))
         return self._unpacked[1]
@@ -251,22 +250,27 @@ class FlashHead(nn.Module):
             mx.eval(self._log_weights[key])
         return self._log_weights[key]
 
-    def log_masses(self, means: mx.array, temperature: float = 1.0) -> mx.array:
+    def log_masses(
+        self, centroid_logits: mx.array, temperature: float = 1.0
+    ) -> mx.array:
         """Log of the expected ``sum(exp(logit / T))`` of each cluster, float32
-        ``[B, C]``, the logits being the model's; for ``means [B, C]``."""
-        means = (self.transform or Transform())(means)
-        return means / temperature + self.log_weights(temperature)
+        ``[B, C]``, the logits being the model's; for ``centroid_logits [B, C]``."""
+        centroid_logits = (self.transform or Transform())(centroid_logits)
+        return centroid_logits / temperature + self.log_weights(temperature)
 
-    def estimate(self, means: mx.array) -> mx.array:
+    def estimate(self, centroid_logits: mx.array) -> mx.array:
         """Logit that stands for each token of a cluster that is not probed, float32
         ``[B, C]``: with it the cluster has its expected mass at temperature 1."""
-        each = self.log_masses(means) - self._log_sizes
+        each = self.log_masses(centroid_logits) - self._log_sizes
         return (self.transform or Transform()).inverse(each)
 
-    def select(self, means: mx.array) -> mx.array:
+    def select(
+        self, centroid_logits: mx.array, n_probes: int | None = None
+    ) -> mx.array:
         """The clusters to probe, uint32 ``[B, p]``, ascending in each row; among equal
-        scores the lower index."""
-        return kernels.select_probes(means, self.n_probes, spread=self.spread)
+        scores the lower index. ``n_probes``: instead of the head's own number."""
+        p = n_probes or self.n_probes
+        return kernels.select_probes(centroid_logits, p, spread=self.spread)
 
     def score(self, x: mx.array, probes: mx.array) -> mx.array:
         """Exact logits, float32 ``[B, p, m]``, of the rows of ``probes [B, p]``."""
@@ -321,7 +325,7 @@ class FlashHead(nn.Module):
     def candidates(self, x: mx.array) -> Candidates:
         """Ids and exact logits ``[..., p * m]`` of what ``x [..., D]`` probes."""
         h = x.reshape(-1, x.shape[-1])
-        probes = self.select(self.mean_logits(h))
+        probes = self.select(self.centroid_logits(h))
         shape = (*x.shape[:-1], self.n_probes * self.cluster_size)
         return Candidates(
             self.token_ids[probes].reshape(shape), self.score(h, probes).reshape(shape)
@@ -380,17 +384,19 @@ class FlashHead(nn.Module):
 
     def expand(self, found: Retrieved) -> mx.array:
         """Logits, float32 ``[B, V]``: exact where scored, estimated elsewhere."""
-        means, probes, exact = found
+        centroid_logits, probes, exact = found
         # In cluster order first; the positions then leave the padding out.
-        logits = mx.repeat(self.estimate(means)[..., None], self.cluster_size, -1)
+        logits = mx.repeat(
+            self.estimate(centroid_logits)[..., None], self.cluster_size, -1
+        )
         exact = exact.reshape(*probes.shape, self.cluster_size)
         logits = mx.put_along_axis(logits, probes[..., None], exact, axis=1)
-        return logits.reshape(means.shape[0], -1)[:, self._position]
+        return logits.reshape(centroid_logits.shape[0], -1)[:, self._position]
 
     def _retrieve(self, h: mx.array) -> mx.array:
-        means = self.mean_logits(h)
-        probes = self.select(means)
-        return self.expand(Retrieved(means, probes, self.score(h, probes)))
+        centroid_logits = self.centroid_logits(h)
+        probes = self.select(centroid_logits)
+        return self.expand(Retrieved(centroid_logits, probes, self.score(h, probes)))
 
 
 class FlashEmbedding(nn.Module):

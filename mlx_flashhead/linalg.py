@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
+from .table import Table
+
 # Entries of one block of similarities or logits: 128 MiB of float32.
 BLOCK = 1 << 25
 # Its rows at most: MLX's CUDA back-end cannot sort more at once.
@@ -26,6 +28,30 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray | mx.array:
 def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """``a [n, k] @ b [k, m]`` in float32."""
     return np.array(product(a, b)) if on_gpu() else a @ b
+
+
+class Product:
+    """``x [n, D]`` times every row of a matrix ``[N, D]``, for x after x, float32
+    ``[n, N]``. On a CPU the rows of a table are dequantized once.
+
+    Args:
+        rows: float32 array, or a :class:`~mlx_flashhead.table.Table`.
+    """
+
+    def __init__(self, rows: np.ndarray | Table):
+        self._table = self._right = None
+        if on_gpu():
+            array = isinstance(rows, np.ndarray)
+            self._table = Table(mx.array(rows), bits=32) if array else rows
+        elif isinstance(rows, np.ndarray):
+            self._right = rows.T
+        else:
+            self._right = np.asarray(rows.dequantize(mx.float32)).T
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        if self._table is None:
+            return x @ self._right
+        return np.array(self._table.matmul(mx.array(x)).astype(mx.float32))
 
 
 def blocks(n: int, width: int) -> Iterator[slice]:

@@ -99,11 +99,19 @@ class Table(nn.Module):
         )
 
     def dequantize(self, dtype: mx.Dtype | None = None) -> mx.array:
-        """The rows as floating point ``[..., n, D]``."""
+        """The rows as floating point ``[..., n, D]``; in float32 exactly what the
+        products multiply with."""
         if not self.quantized:
             return self.weight if dtype is None else self.weight.astype(dtype)
+        weight, *rest = self._packed()
+        if dtype is not None and dtype == mx.float32:
+            # MLX would compute in the dtype of the scales, then cast.
+            rest = [
+                a if a is None or a.dtype == mx.uint8 else a.astype(dtype) for a in rest
+            ]
         return mx.dequantize(
-            *self._packed(),
+            weight,
+            *rest,
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,

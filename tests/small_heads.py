@@ -99,14 +99,14 @@ class Expected:
 
     Attributes:
         dense: All logits ``[B, V]``.
-        means: Mean logit of each cluster ``[B, C]``.
+        centroid_logits: Logit of each centroid ``[B, C]``.
         probes: Set of probed clusters for each state.
         margin: Score of the last probed cluster less that of the next, ``[B]``.
         logits: What ``head(x)`` should be ``[B, V]``.
     """
 
     dense: np.ndarray
-    means: np.ndarray
+    centroid_logits: np.ndarray
     probes: list[set[int]]
     margin: np.ndarray
     logits: np.ndarray
@@ -129,19 +129,19 @@ def expected(head: FlashHead, x: np.ndarray) -> Expected:
             if (token := token_ids[c, j]) < vocab_size:
                 dense[:, token] = x @ rows[c, j] + bias[c, j]
     real = token_ids < vocab_size
-    means = x @ centroids.T + (bias * real).sum(1) / real.sum(1)
-    scores = means + spread
+    centroid_logits = x @ centroids.T + (bias * real).sum(1) / real.sum(1)
+    scores = centroid_logits + spread
     ranked = np.argsort(-scores, axis=1)
     ordered = np.take_along_axis(scores, ranked, 1)
     last = ordered[:, p] if p < n_clusters else -np.inf
     probes = [set(row[:p].tolist()) for row in ranked]
     cluster_of = np.empty(vocab_size, int)
     cluster_of[token_ids[real]] = np.nonzero(real)[0]
-    logits = (means + excess + head.tail_offset[0])[:, cluster_of]
+    logits = (centroid_logits + excess + head.tail_offset[0])[:, cluster_of]
     for b, chosen in enumerate(probes):
         exact = np.isin(cluster_of, list(chosen))
         logits[b, exact] = dense[b, exact]
-    return Expected(dense, means, probes, ordered[:, p - 1] - last, logits)
+    return Expected(dense, centroid_logits, probes, ordered[:, p - 1] - last, logits)
 
 
 def implied(head: FlashHead, x: np.ndarray, temperature: float) -> np.ndarray:
@@ -159,7 +159,7 @@ def implied(head: FlashHead, x: np.ndarray, temperature: float) -> np.ndarray:
     if at > inverse[-1]:
         slopes = (curves[:, -1] - curves[:, -2]) / (inverse[-1] - inverse[-2])
         lacking += slopes * (at - inverse[-1])
-    masses = f(want.means) / temperature + lacking + np.log(sizes)
+    masses = f(want.centroid_logits) / temperature + lacking + np.log(sizes)
     logits = f(want.dense) / temperature
     for b, probes in enumerate(want.probes):
         for c in set(range(len(token_ids))) - probes:

@@ -290,7 +290,9 @@ def test_logprobs_are_exact_where_scored_and_estimated_elsewhere(transform, bias
     )
     logits = transform(want.dense)
     cap = transform.softcap or np.inf
-    lacking = transform(want.means) + np.array(head.excess)[0] + head.tail_offset[0]
+    lacking = (
+        transform(want.centroid_logits) + np.array(head.excess)[0] + head.tail_offset[0]
+    )
     for b, probes in enumerate(want.probes):
         away = ~np.isin(cluster, list(probes))
         logits[b, away] = np.clip(lacking[b], -cap, cap)[cluster[away]]

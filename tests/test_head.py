@@ -98,7 +98,7 @@ def test_each_row_of_a_batch_has_probes_of_its_own():
     x = mx.array(random_states(6))
     together = np.array(head(x[:, None]))
     assert together.shape == (6, 1, 500)
-    probes = {tuple(r) for r in np.array(head.select(head.mean_logits(x))).tolist()}
+    probes = {tuple(r) for r in np.array(head.select(head.centroid_logits(x))).tolist()}
     assert len(probes) > 1
     for b in range(6):
         alone = np.array(head(x[b][None, None]))[0, 0]
@@ -259,7 +259,7 @@ def test_clusters_that_are_always_probed():
     head = make_head(n_probes=4).head
     head.spread[5] = ALWAYS
     head.spread[40] = ALWAYS
-    probes = np.array(head.select(head.mean_logits(mx.array(random_states(5)))))
+    probes = np.array(head.select(head.centroid_logits(mx.array(random_states(5)))))
     for row in probes.tolist():
         assert row == sorted(set(row))
         assert {5, 40} <= set(row)
@@ -277,7 +277,7 @@ def test_all_scores_alike():
     """Nothing tells the clusters apart: still p different ones, and finite logits."""
     head = make_head(bits=32).head
     head.spread = mx.zeros(63)
-    probes = np.array(head.select(head.mean_logits(mx.zeros((2, 64)))))
+    probes = np.array(head.select(head.centroid_logits(mx.zeros((2, 64)))))
     assert all(len(set(row)) == 3 for row in probes.tolist())
     assert mx.isfinite(head(mx.zeros((2, 64)))).all().item()
 

@@ -137,7 +137,7 @@ def converter_key() -> str:
     files = list(Path(converter.__file__).parent.rglob("*.py"))
     files += Path(converter.__file__).parent.glob("*.jsonl")
     runtime = Path(mlx_flashhead.__file__).parent
-    for name in ("attach", "fidelity", "files", "head", "linalg", "table"):
+    for name in ("attach", "fidelity", "files", "head", "linalg", "states", "table"):
         files.append(runtime / f"{name}.py")
     digest = hashlib.sha256()
     for file in sorted(files):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -116,19 +115,6 @@ def footer(machine: dict[str, Any], command: str) -> str:
     where += [machine["backend"], machine["os"]]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     return f"{'; '.join(where)}\n{versions}\n\n```bash\n{command}\n```"
-
-
-def check_plot(path: str) -> None:
-    """Raise ValueError if a plot cannot be made."""
-    if find_spec("matplotlib") is None:
-        raise ValueError(
-            "--plot needs matplotlib: pip install matplotlib, or 'mlx-flashhead[plot]'"
-        )
-    from matplotlib.figure import Figure
-
-    kinds = Figure().canvas.get_supported_filetypes()
-    if Path(path).suffix[1:].lower() not in kinds:
-        raise ValueError(f"--plot {path}: the name must end in .png, .svg or .pdf")
 
 
 def plot(rows: Sequence[dict[str, Any]], path: str, title: str) -> None:

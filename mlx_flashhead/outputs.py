@@ -1,0 +1,38 @@
+"""Files that the commands write their figures to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def check_outputs(paths: Mapping[str, str | None]) -> None:
+    """Raise ValueError now for what could not be written after minutes.
+
+    Args:
+        paths: The file of each flag that was given; that of ``--plot`` is a plot.
+    """
+    for flag, path in paths.items():
+        if path is None:
+            continue
+        folder = Path(path).absolute().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{flag} {path}: {folder} is no folder to write to")
+        if Path(path).is_dir():
+            raise ValueError(f"{flag} {path} is a folder; give a file's name")
+    if (plot := paths.get("--plot")) is not None:
+        _check_plot(plot)
+
+
+def _check_plot(path: str) -> None:
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "--plot needs matplotlib: pip install matplotlib, or 'mlx-flashhead[plot]'"
+        )
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise ValueError(f"--plot {path}: the name must end in .png, .svg or .pdf")
