@@ -32,7 +32,7 @@ lint: .venv/lint
 	$(BIN)/mypy
 
 # Of what stands between the package and the versions it allows.
-BOUNDS := head files samplers decoding patch generate convert gguf
+BOUNDS := head files samplers candidates decoding patch generate convert gguf metal_kernels
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
 
