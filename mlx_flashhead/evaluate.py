@@ -247,6 +247,12 @@ _COLUMNS = {
     "perplexity_ratio": ("ppl x", 8, ".4f"),
 }
 
+_LEGEND = """\
+recall: the reference's best token is probed; top-10: share of its ten best; agree: the
+same token is chosen; mass: probability of what is probed; all in per cent. KL in nats,
+TV, ppl x (perplexity over the reference's): of the distribution over the whole
+vocabulary that sampling draws from. * as stored in the folder."""
+
 
 def table(result: dict[str, Any]) -> str:
     """The figures as text: a table for each domain, the overall one last."""
@@ -278,13 +284,7 @@ def table(result: dict[str, Any]) -> str:
                     f"{100 * x:{width}.2f}" if percent else f"{x:{width}{form}}"
                 )
             lines.append("".join(cells))
-    lines.append(
-        "\nrecall: the reference's best token is probed; top-10: share of its ten best; "
-        "agree:\nthe same token is chosen; mass: probability of what is probed, all in "
-        "per cent. KL in\nnats, TV, ppl x (perplexity over the reference's): of the "
-        "distribution over the whole\nvocabulary that sampling draws from. "
-        "* as stored in the folder."
-    )
+    lines.append(f"\n{_LEGEND}")
     if "continuations" in result["heads"][0]:
         lines += ["", *_continuations(result["heads"], wide)]
     return "\n".join(lines)
@@ -319,6 +319,7 @@ def plot(result: dict[str, Any], path: str | Path, title: str) -> None:
     """Recall and KL against the bytes that a token reads: the FlashHead's numbers of
     probes as a line, overall and thinner for each domain; dense heads as points."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure = Figure((10, 4.4), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -350,6 +351,9 @@ def plot(result: dict[str, Any], path: str | Path, title: str) -> None:
             at, y = [head["bytes_read"] / 1e6], values(result["overall"], [head])
             panel.plot(at, y, "s^vD"[i % 4], color="C7", ms=8, label=head["name"])
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel("head bytes read per token, MB")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3, which="both")

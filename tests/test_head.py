@@ -350,3 +350,15 @@ def test_tables_of_16_bits_are_kept():
     assert mx.array_equal(table.dequantize(), weight)
     assert table.dtype == mx.bfloat16
     assert table.nbytes == 4 * 64 * 2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_rows_in_float32_are_those_of_the_products(bits, dtype):
+    """MLX itself would round them to the dtype of the scales."""
+    weight = mx.array(random_states(40)).astype(dtype)
+    table = Table.from_dense(weight, bits, 32)
+    rows = np.array(table.dequantize(mx.float32))
+    np.testing.assert_allclose(rows, unpack(table), rtol=1e-6, atol=1e-7)
+    each = np.array(table.matmul(mx.eye(64)))
+    np.testing.assert_allclose(each.T, rows, atol=1e-6)
