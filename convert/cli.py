@@ -89,6 +89,9 @@ def _leaving_clean():
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Clustering seed.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="default")
+@click.option(
+    "--overwrite", is_flag=True, help="Replace a model at --mlx-path, at the end."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def main(as_json: bool, **options) -> None:
     """Convert a model into an mlx-lm folder with a FlashHead.

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
-from mlx_flashhead import files
+from mlx_flashhead import files, verify
 from mlx_flashhead.attach import find_head, find_transform, get_module, head_table
 from mlx_flashhead.fidelity import measure, n_blocks
 from mlx_flashhead.head import FlashHead, default_n_probes
@@ -123,13 +123,14 @@ def convert(
     calibration_data: str | Path | None = None,
     seed: int = 0,
     recipe: str = "default",
+    overwrite: bool = False,
     verbose: bool = True,
 ) -> Report:
     """Convert a model into an mlx-lm folder with a FlashHead.
 
     Args:
         hf_path: Hugging Face id or local folder, of whatever mlx-lm loads.
-        mlx_path: The folder to make. It must not exist.
+        mlx_path: The folder to make. It must not exist, but for ``overwrite``.
         gguf_path: A GGUF file, instead of ``hf_path``.
         quantize, q_bits, q_group_size, q_mode, dtype, revision, trust_remote_code:
             As in ``mlx_lm.convert``, but quantization is the body's only.
@@ -145,6 +146,7 @@ def convert(
         seed: Seed of the clustering. The same seed gives the same result.
         recipe: ``"default"``, or ``"paper"``: spherical k-means, unit centroids and no
             spread term, as in arXiv 2603.14591.
+        overwrite: Replace a model's folder at ``mlx_path``, once the new one is whole.
         verbose: Show progress.
 
     Returns:
@@ -171,10 +173,12 @@ def convert(
             raise ConvertError(f"{flag} {value} is not one of {choices}")
     if not 2 <= cluster_size <= 128:
         raise ConvertError(f"--cluster-size must be from 2 to 128, not {cluster_size}")
+    target = Path(mlx_path)
+    if overwrite and _is_within(hf_path or gguf_path, target):
+        raise ConvertError(f"--overwrite: {target} has the model that is converted")
     documents = calibrate.read_documents(calibration_data)
     progress = bars if verbose else silent
-    target = Path(mlx_path)
-    with staged(target) as (result, workspace):
+    with staged(target, overwrite) as (result, workspace):
         with progress("Opening the model", 1) as step:
             if gguf_path is not None:
                 source = open_gguf(gguf_path, workspace, dtype)
@@ -228,7 +232,7 @@ def convert(
         with progress("Writing", 2) as step, writing(target):
             files.save_head(result, head)
             step()
-            config[files.CONFIG_KEY] = {
+            section = {
                 **files.describe(head, path, files.table_sha256(table)),
                 "recipe": recipe,
                 "seed": seed,
@@ -238,10 +242,18 @@ def convert(
                 "measured": measured,
             }
             report = _report(target, head, table, measured, start)
+            config.pop(files.CONFIG_KEY, None)
             utils.save(result, source.hub_id or source.folder, model, tokenizer, config)
+            for file in [*verify.weight_files(result), result / files.HEAD_FILE]:
+                verify.check_safetensors(file)
+            files.seal(result, section, verify.weight_files(result))
             step()
         result.chmod(0o755)
     return report
+
+
+def _is_within(path: str | None, folder: Path) -> bool:
+    return path is not None and Path(path).resolve().is_relative_to(folder.resolve())
 
 
 def build_head(
