@@ -82,12 +82,12 @@ def _check_free(target: Path, overwrite: bool) -> None:
 def _put(result: Path, target: Path, old: Path, overwrite: bool) -> None:
     if overwrite and target.exists():
         _check_free(target, overwrite)
-        os.rename(target, old)
         try:
+            os.rename(target, old)
             os.rename(result, target)
         # Interruptions, too: what was there would go with the hidden folder.
         except BaseException:
-            if not target.exists():
+            if old.exists() and not target.exists():
                 os.rename(old, target)
             raise
     else:

@@ -66,6 +66,8 @@ def check_sizes(folder: str | Path) -> None:
     if model_file is not None and not _inside(folder, model_file):
         raise FormatError(f"{folder}: model_file {model_file!r:.80} is not in the folder")
     n_tensors = sum(check_safetensors(file) for file in weight_files(folder))
+    if (head := folder / HEAD_FILE).is_file():
+        check_safetensors(head)
     for key, value in _items(config):
         if key not in _LAYER_COUNTS or not isinstance(value, (int, float)):
             continue
