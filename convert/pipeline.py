@@ -25,6 +25,7 @@ from mlx_flashhead.table import Table
 from mlx_flashhead.transform import Transform
 
 from . import calibrate, cluster, pack
+from .clusters import pack_clusters, read_clusters
 from .progress import Progress, bars, silent
 from .recipes import (
     RECIPES,
@@ -123,6 +124,7 @@ def convert(
     calibration_data: str | Path | None = None,
     seed: int = 0,
     recipe: str = "default",
+    clusters: str | Path | None = None,
     overwrite: bool = False,
     verbose: bool = True,
 ) -> Report:
@@ -146,6 +148,8 @@ def convert(
         seed: Seed of the clustering. The same seed gives the same result.
         recipe: ``"default"``, or ``"paper"``: spherical k-means, unit centroids and no
             spread term, as in arXiv 2603.14591.
+        clusters: Folder or Hugging Face id of published clusters of this model, in the
+            layout of :mod:`mlx_flashhead.convert.clusters`, instead of clustering here.
         overwrite: Replace a model's folder at ``mlx_path``, once the new one is whole.
         verbose: Show progress.
 
@@ -153,7 +157,7 @@ def convert(
         What was made, measured on calibration text held out from the fit.
 
     Raises:
-        ConvertError, SourceError, StagingError, CalibrationError, HeadNotFound,
+        ConvertError, ClustersError, SourceError, StagingError, CalibrationError, HeadNotFound,
         GGUFError: Each a ``ValueError`` with one line that says what to do. Nothing is
         left behind.
     """
@@ -193,6 +197,11 @@ def convert(
         table = head_table(module)
         bits, group_size = _head_format(table, head_bits, centroid_bits, group_size)
         check_space(result, _estimated_bytes(model, table))
+        owner = None
+        if clusters is not None:
+            owner = read_clusters(
+                str(clusters), table.weight.shape[0], table.hidden_size
+            )
 
         states = _states(source, tokenizer, path, documents, progress)
         weight = _finite(np.array(table.dequantize(mx.float32)), path)
@@ -217,6 +226,7 @@ def convert(
             seed=seed,
             stop_tokens=list(getattr(tokenizer, "eos_token_ids", [])),
             transform=transform,
+            owner=owner,
             progress=progress,
         )
         held_out = states.held_out[:: -(-len(states.held_out) // N_REPORT)]
@@ -241,6 +251,9 @@ def convert(
                 else Path(calibration_data).name,
                 "measured": measured,
             }
+            if clusters is not None:
+                is_folder = Path(clusters).exists()
+                section["clusters"] = Path(clusters).name if is_folder else clusters
             report = _report(target, head, table, measured, start)
             config.pop(files.CONFIG_KEY, None)
             utils.save(result, source.hub_id or source.folder, model, tokenizer, config)
@@ -271,6 +284,7 @@ def build_head(
     seed: int = 0,
     stop_tokens: list[int] = [],
     transform: Transform | None = Transform(),
+    owner: np.ndarray | None = None,
     progress: Progress = silent,
 ) -> FlashHead:
     """Cluster, pack and calibrate a head.
@@ -281,6 +295,7 @@ def build_head(
         bias: Its bias, float32 ``[V]``.
         states: Calibration states.
         transform: What the model does to its logits.
+        owner: Cluster of each token, int64 ``[V]``, where that is given.
     """
     with progress("Clustering: metric", 1) as step:
         factor = None
@@ -299,13 +314,11 @@ def build_head(
         always = always_tokens(len(weight), cluster_size, n_probes, stop_tokens)
         if chosen is None and len(weight) <= SMALL_VOCABULARY:
             n_probes += -(-len(always) // cluster_size)
-    clustering = cluster.cluster(
-        directions,
-        cluster_size,
-        always=always,
-        seed=seed,
-        progress=progress,
-    )
+    given = {"always": always, "seed": seed, "progress": progress}
+    if owner is None:
+        clustering = cluster.cluster(directions, cluster_size, **given)
+    else:
+        clustering = pack_clusters(directions, owner, cluster_size, **given)
     del directions
     if recipe.fitted_centroids:
         centroids = pack.fitted_centroids(

@@ -36,9 +36,7 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[tuple[Path, Path]]
         # The lock keeps another process from sweeping a folder not locked yet.
         with _alone(target.parent):
             _sweep(target)
-            hidden = Path(
-                tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent)
-            )
+            hidden = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
             lock = _lock(hidden)
     except OSError as e:
         raise StagingError(f"cannot write beside {target}: {e.strerror}") from e

@@ -64,7 +64,9 @@ def check_sizes(folder: str | Path) -> None:
     config = read_config(folder)
     model_file = config.get("model_file")
     if model_file is not None and not _inside(folder, model_file):
-        raise FormatError(f"{folder}: model_file {model_file!r:.80} is not in the folder")
+        raise FormatError(
+            f"{folder}: model_file {model_file!r:.80} is not in the folder"
+        )
     n_tensors = sum(check_safetensors(file) for file in weight_files(folder))
     if (head := folder / HEAD_FILE).is_file():
         check_safetensors(head)

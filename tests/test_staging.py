@@ -145,7 +145,7 @@ with staging.staged(Path(sys.argv[1]), overwrite=True) as (result, _):
 def test_killed_between_the_renames_the_old_folder_comes_back(tmp_path, name):
     target = model(tmp_path / "model", "old")
     # Processes started by a shell in the background ignore SIGINT otherwise.
-    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     words = [sys.executable, "-c", code + KILLED, str(target), "1", name]
     done = subprocess.run(words, capture_output=True)
     assert done.returncode == -getattr(signal, name) or name == "SIGINT"

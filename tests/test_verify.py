@@ -159,14 +159,14 @@ def test_older_folders_are_read(folder, version):
 
 
 def test_newer_folders_are_refused(folder):
-    edit_json(
-        folder / "config.json", lambda c: c[CONFIG_KEY].update(format_version=4)
-    )
+    edit_json(folder / "config.json", lambda c: c[CONFIG_KEY].update(format_version=4))
     assert "upgrade" in complaint(folder)
 
 
 @pytest.mark.parametrize("version", [2, 3])
-@pytest.mark.parametrize("name", ["spread", "excess", "rows.scales", "centroids.biases"])
+@pytest.mark.parametrize(
+    "name", ["spread", "excess", "rows.scales", "centroids.biases"]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(untied_folder, tmp_path, version, name, value):
     folder = Path(shutil.copytree(untied_folder, tmp_path / "model"))
@@ -255,7 +255,9 @@ def test_more_layers_than_the_files_hold(folder, value):
     edit_json(folder / "config.json", lambda c: c.update(num_hidden_layers=value))
     assert "num_hidden_layers" in complaint(folder)
     edit_json(folder / "config.json", lambda c: c.update(num_hidden_layers=2))
-    edit_json(folder / "config.json", lambda c: c.update(text_config={"n_layer": value}))
+    edit_json(
+        folder / "config.json", lambda c: c.update(text_config={"n_layer": value})
+    )
     assert "n_layer" in complaint(folder)
 
 
@@ -265,7 +267,9 @@ def test_hostile_configs(folder, text):
     complaint(folder)
 
 
-@pytest.mark.parametrize("path", ["../evil.py", "/tmp/evil.py", "a/../../b.py", 5, "\0"])
+@pytest.mark.parametrize(
+    "path", ["../evil.py", "/tmp/evil.py", "a/../../b.py", 5, "\0"]
+)
 def test_code_outside_the_folder_never_runs(folder, path):
     ran = folder.parent / "ran"
     (folder.parent / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
@@ -289,7 +293,9 @@ def test_a_pickle_is_never_opened(folder):
     """What looks like weights of another kind is not."""
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     load(folder)
-    (folder / "model.safetensors").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR." + bytes(99))
+    (folder / "model.safetensors").write_bytes(
+        b"cos\nsystem\n(S'exit 1'\ntR." + bytes(99)
+    )
     complaint(folder)
 
 
