@@ -91,6 +91,14 @@ def _leaving_clean() -> Iterator[None]:
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Clustering seed.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="default")
+@click.option(
+    "--clusters",
+    help="Published clusters: a folder or Hugging Face id with flash_head_assets."
+    "  [default: cluster here]",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace a model at --mlx-path, at the end."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def main(as_json: bool, **options: Any) -> None:
     """Convert a model into an mlx-lm folder with a FlashHead.

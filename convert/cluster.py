@@ -89,22 +89,34 @@ def cluster(
         n_rounds: Balanced rounds.
         progress: Shows the stages.
     """
-    vocab_size = len(x)
+
+    def make(rest: np.ndarray) -> np.ndarray:
+        return balanced(x[rest], cluster_size, seed, n_rounds, progress)
+
+    return with_always(len(x), cluster_size, always, make)
+
+
+def with_always(
+    vocab_size: int,
+    cluster_size: int,
+    always: np.ndarray | None,
+    make: Callable[[np.ndarray], np.ndarray],
+) -> Clustering:
+    """Clusters of the tokens that are always probed, in front of those that ``make``
+    gives for the other tokens: their members ``[C, m]``, ``len(tokens)`` as padding."""
     always = np.empty(0, np.int64) if always is None else np.asarray(always, np.int64)
     n_always = min(len(always), vocab_size) // cluster_size
     always = always[: n_always * cluster_size]
     rest = np.setdiff1d(np.arange(vocab_size), always)
     if len(rest):
-        members = rest_clusters(x[rest], cluster_size, seed, n_rounds, progress)
-        padded = np.append(rest, vocab_size)
-        rest_ids = padded[members]
+        rest_ids = np.append(rest, vocab_size)[make(rest)]
     else:
         rest_ids = np.empty((0, cluster_size), np.int64)
     token_ids = np.concatenate([always.reshape(-1, cluster_size), rest_ids])
     return Clustering(token_ids, vocab_size, n_always)
 
 
-def rest_clusters(
+def balanced(
     x: np.ndarray, cluster_size: int, seed: int, n_rounds: int, progress: Progress
 ) -> np.ndarray:
     """Members ``[C, m]`` of each cluster as rows of x; ``len(x)`` is padding."""
@@ -118,7 +130,7 @@ def rest_clusters(
         stage = f"Clustering: balanced round {i + 1}/{n_rounds}"
         candidates, similarity = _near_clusters(x, centroids, group, progress, stage)
         owner = match(candidates, similarity, room)
-        owner = _place_leftovers(x, centroids, owner, room)
+        owner = place_leftovers(x, centroids, owner, room)
         centroids = _means(x, owner, n_clusters)
     members = np.full((n_clusters, cluster_size), n)
     order = np.argsort(owner, kind="stable")
@@ -168,7 +180,7 @@ def match(
     return owner
 
 
-def _place_leftovers(
+def place_leftovers(
     x: np.ndarray, centroids: np.ndarray, owner: np.ndarray, room: np.ndarray
 ) -> np.ndarray:
     """Give every token without a cluster the nearest one that has room."""

@@ -19,7 +19,7 @@ from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_flashhead import files
+from mlx_flashhead import files, verify
 from mlx_flashhead.attach import find_head, find_transform, get_module, head_table
 from mlx_flashhead.fidelity import measure, n_blocks
 from mlx_flashhead.head import FlashHead, default_n_probes
@@ -27,6 +27,7 @@ from mlx_flashhead.table import Table
 from mlx_flashhead.transform import Transform
 
 from . import calibrate, cluster, pack
+from .clusters import pack_clusters, read_clusters
 from .progress import Progress, bars, silent
 from .recipes import (
     RECIPES,
@@ -125,13 +126,15 @@ def convert(
     calibration_data: str | Path | None = None,
     seed: int = 0,
     recipe: str = "default",
+    clusters: str | Path | None = None,
+    overwrite: bool = False,
     verbose: bool = True,
 ) -> Report:
     """Convert a model into an mlx-lm folder with a FlashHead.
 
     Args:
         hf_path: Hugging Face id or local folder, of whatever mlx-lm loads.
-        mlx_path: The folder to make. It must not exist.
+        mlx_path: The folder to make. It must not exist, but for ``overwrite``.
         gguf_path: A GGUF file, instead of ``hf_path``.
         quantize, q_bits, q_group_size, q_mode, dtype, revision, trust_remote_code:
             As in ``mlx_lm.convert``, but quantization is the body's only.
@@ -147,15 +150,18 @@ def convert(
         seed: Seed of the clustering. The same seed gives the same result.
         recipe: ``"default"``, or ``"paper"``: spherical k-means, unit centroids and no
             spread term, as in arXiv 2603.14591.
+        clusters: Folder or Hugging Face id of published clusters of this model, in the
+            layout of :mod:`mlx_flashhead.convert.clusters`, instead of clustering here.
+        overwrite: Replace a model's folder at ``mlx_path``, once the new one is whole.
         verbose: Show progress.
 
     Returns:
         What was made, measured on calibration text held out from the fit.
 
     Raises:
-        ConvertError, SourceError, StagingError, CalibrationError, StatesError,
-        HeadNotFound, GGUFError: Each a ``ValueError`` with one line that says what to
-        do. Nothing is left behind.
+        ConvertError, ClustersError, SourceError, StagingError, CalibrationError,
+        StatesError, HeadNotFound, GGUFError: Each a ``ValueError`` with one line that
+        says what to do. Nothing is left behind.
     """
     start = time.perf_counter()
     if (hf_path is None) == (gguf_path is None):
@@ -173,10 +179,12 @@ def convert(
             raise ConvertError(f"{flag} {value} is not one of {choices}")
     if not 2 <= cluster_size <= 128:
         raise ConvertError(f"--cluster-size must be from 2 to 128, not {cluster_size}")
+    target = Path(mlx_path)
+    if overwrite and _is_within(hf_path or gguf_path, target):
+        raise ConvertError(f"--overwrite: {target} has the model that is converted")
     documents = calibrate.read_documents(calibration_data)
     progress = bars if verbose else silent
-    target = Path(mlx_path)
-    with staged(target) as (result, workspace):
+    with staged(target, overwrite) as (result, workspace):
         with progress("Opening the model", 1) as step:
             if gguf_path is not None:
                 source = open_gguf(gguf_path, workspace, dtype)
@@ -191,6 +199,11 @@ def convert(
         table = head_table(module)
         bits, group_size = _head_format(table, head_bits, centroid_bits, group_size)
         check_space(result, _estimated_bytes(model, table))
+        owner = None
+        if clusters is not None:
+            owner = read_clusters(
+                str(clusters), table.weight.shape[0], table.hidden_size
+            )
 
         states = _states(source, tokenizer, path, documents, progress)
         weight = _finite(np.array(table.dequantize(mx.float32)), path)
@@ -215,6 +228,7 @@ def convert(
             seed=seed,
             stop_tokens=list(getattr(tokenizer, "eos_token_ids", [])),
             transform=transform,
+            owner=owner,
             progress=progress,
         )
         held_out = states.held_out[:: -(-len(states.held_out) // N_REPORT)]
@@ -230,7 +244,7 @@ def convert(
         with progress("Writing", 2) as step, writing(target):
             files.save_head(result, head)
             step()
-            config[files.CONFIG_KEY] = {
+            section = {
                 **files.describe(head, path, files.table_sha256(table)),
                 "recipe": recipe,
                 "seed": seed,
@@ -239,11 +253,22 @@ def convert(
                 else Path(calibration_data).name,
                 "measured": measured,
             }
+            if clusters is not None:
+                is_folder = Path(clusters).exists()
+                section["clusters"] = Path(clusters).name if is_folder else clusters
             report = _report(target, head, table, measured, start)
+            config.pop(files.CONFIG_KEY, None)
             utils.save(result, source.hub_id or source.folder, model, tokenizer, config)
+            for file in [*verify.weight_files(result), result / files.HEAD_FILE]:
+                verify.check_safetensors(file)
+            files.seal(result, section, verify.weight_files(result))
             step()
         result.chmod(0o755)
     return report
+
+
+def _is_within(path: str | None, folder: Path) -> bool:
+    return path is not None and Path(path).resolve().is_relative_to(folder.resolve())
 
 
 def build_head(
@@ -261,6 +286,7 @@ def build_head(
     seed: int = 0,
     stop_tokens: Sequence[int] = (),
     transform: Transform | None = Transform(),
+    owner: np.ndarray | None = None,
     progress: Progress = silent,
 ) -> FlashHead:
     """Cluster, pack and calibrate a head.
@@ -271,6 +297,7 @@ def build_head(
         bias: Its bias, float32 ``[V]``.
         states: Calibration states.
         transform: What the model does to its logits.
+        owner: Cluster of each token, int64 ``[V]``, where that is given.
     """
     with progress("Clustering: metric", 1) as step:
         factor = None
@@ -289,13 +316,11 @@ def build_head(
         always = always_tokens(len(weight), cluster_size, n_probes, stop_tokens)
         if chosen is None and len(weight) <= SMALL_VOCABULARY:
             n_probes += -(-len(always) // cluster_size)
-    clustering = cluster.cluster(
-        directions,
-        cluster_size,
-        always=always,
-        seed=seed,
-        progress=progress,
-    )
+    given = {"always": always, "seed": seed, "progress": progress}
+    if owner is None:
+        clustering = cluster.cluster(directions, cluster_size, **given)
+    else:
+        clustering = pack_clusters(directions, owner, cluster_size, **given)
     del directions
     if recipe.fitted_centroids:
         centroids = pack.fitted_centroids(

@@ -13,7 +13,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
-from mlx_flashhead.files import FormatError, head_config
+from mlx_flashhead.files import HEAD_FILE, FormatError, head_config
 
 from .gguf import read_gguf
 
@@ -115,9 +115,11 @@ def open_hf(
         section = head_config(folder)
     except FormatError as e:
         raise SourceError(str(e)) from e
-    if section is not None:
+    # What mlx-lm's commands make of a converted folder has the section, not the file.
+    if section is not None and (not path.exists() or (folder / HEAD_FILE).exists()):
         raise SourceError(
-            f"{name} has a FlashHead already; convert the model it was made from"
+            f"{name} has a FlashHead already; convert the model it was made from, or "
+            f"delete the folder's {HEAD_FILE} first"
         )
     hub_id = name if not path.exists() and revision is None else None
     return Source(folder, name, hub_id, trust_remote_code)

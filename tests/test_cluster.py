@@ -160,11 +160,11 @@ def test_leftovers_go_to_the_nearest_cluster_with_room(monkeypatch):
     candidates = np.argsort(-similarity, axis=1).astype(np.int32)
     expected = greedy(candidates, np.take_along_axis(similarity, candidates, 1), room)
     nobody = np.full(240, -1)
-    placed = clusters._place_leftovers(x, centroids, nobody.copy(), room)
+    placed = clusters.place_leftovers(x, centroids, nobody.copy(), room)
     assert placed.tolist() == expected.tolist()
     # Also where a token can look at few clusters at a time.
     monkeypatch.setattr(clusters, "N_CANDIDATES", 3)
-    placed = clusters._place_leftovers(x, centroids, nobody.copy(), room)
+    placed = clusters.place_leftovers(x, centroids, nobody.copy(), room)
     assert np.bincount(placed, minlength=24).tolist() == room.tolist()
     assert similarity[np.arange(240), placed].mean() > 0.9 * (
         similarity[np.arange(240), expected].mean()

@@ -78,7 +78,7 @@ def test_a_head_comes_back_bit_for_bit(tmp_path, bits, centroid_bits, dtype, bia
 
 def test_the_config_describes_the_head(tmp_path):
     section = save(tmp_path, make_head(497, bits=6, centroid_bits=3).head)
-    assert section["format_version"] == FORMAT_VERSION == 2
+    assert section["format_version"] == FORMAT_VERSION == 3
     assert section["head_path"] == "lm_head"
     assert section["rows"] == {"bits": 6, "group_size": 32, "mode": "affine"}
     assert section["centroids"] == {"bits": 3, "group_size": 32, "mode": "affine"}
@@ -92,7 +92,7 @@ def test_the_file_is_plain_safetensors(tmp_path):
     with (tmp_path / HEAD_FILE).open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    assert header["__metadata__"]["flashhead_version"] == "2"
+    assert header["__metadata__"]["flashhead_version"] == "3"
     assert header["token_ids"]["dtype"] == "U32"
     assert header["rows.weight"]["shape"] == [63, 8, 16]
     assert header["spread"] == header["spread"] | {"dtype": "F32", "shape": [63]}
@@ -171,13 +171,12 @@ def complaint(folder: Path) -> str:
     with pytest.raises(FormatError) as error:
         load(folder)
     message = str(error.value)
-    assert "\n" not in message and len(message) < 400
+    assert "\n" not in message and len(message) < 600
     assert str(folder) in message
     return message
 
 
 def test_an_undamaged_folder_loads(folder):
-    edit_tensors(folder, lambda tensors: None)
     edit_config(folder, lambda section: None)
     model, _ = load(folder)
     assert len(list(flash_heads(model))) == 1

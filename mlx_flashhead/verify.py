@@ -1,0 +1,237 @@
+"""Whether a converted folder is whole, and still what was converted.
+
+Two checks, of which the first costs nothing and comes before anything is allocated:
+
+- *Sizes*: the headers of the weight files fit the files, and the config asks for no
+  more layers than they hold.
+- *Bytes*: the SHA-256 of every weight file is the one that the converter stored. It is
+  computed once per state of a file and remembered (:mod:`mlx_flashhead.cache`): after
+  the first, loading costs what it costs without. Folders of versions 1 and 2 have the
+  digest of the dense head only, and that is compared.
+
+Both tell damage and change, not malice: who can write the folder can write the digests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from .cache import file_sha256, remembered
+from .files import (
+    HEAD_FILE,
+    FormatError,
+    read_config,
+    section_sha256,
+    table_sha256,
+)
+from .table import Table
+
+# As mlx-lm finds them.
+_WEIGHTS = "model*.safetensors"
+_MAX_HEADER = 100_000_000
+_ITEM_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+# Under these names, configs say for how many layers a model is to be built.
+_LAYER_COUNTS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks"}
+_DENSE = "or load it with the dense head (dense=True, --dense)"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of the plain model, as mlx-lm finds them."""
+    return sorted(folder.glob(_WEIGHTS))
+
+
+def check_sizes(folder: str | Path) -> None:
+    """Check a converted folder before any of it is loaded.
+
+    Raises:
+        FormatError: A file is damaged or missing, or the config asks for what the files
+          do not hold or for a file elsewhere.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    model_file = config.get("model_file")
+    if model_file is not None and not _inside(folder, model_file):
+        raise FormatError(
+            f"{folder}: model_file {model_file!r:.80} is not in the folder"
+        )
+    n_tensors = sum(check_safetensors(file) for file in weight_files(folder))
+    if (head := folder / HEAD_FILE).is_file():
+        check_safetensors(head)
+    for key, value in _items(config):
+        if key not in _LAYER_COUNTS or not isinstance(value, (int, float)):
+            continue
+        if value > n_tensors:
+            raise FormatError(
+                f"{folder}: config.json asks for {key} = {value!r:.20}, the files hold "
+                f"{n_tensors} tensors; get or convert the model again"
+            )
+
+
+def _inside(folder: Path, name: Any) -> bool:
+    """Whether a path stays in the folder by its words; links are the owner's."""
+    if not isinstance(name, str) or os.path.isabs(name) or "\x00" in name:
+        return False
+    return not os.path.normpath(name).startswith("..")
+
+
+def _items(config: dict[str, Any]):
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from value.items()
+
+
+def check_safetensors(file: Path) -> int:
+    """Number of tensors in a safetensors file whose header fits the file.
+
+    Raises:
+        FormatError: It does not, or the file cannot be read.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            start = stream.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+            if length > min(size - 8, _MAX_HEADER):
+                raise FormatError(f"{file} is no safetensors file, or cut off")
+            header = json.loads(stream.read(length))
+    except OSError as e:
+        raise FormatError(f"{file} cannot be read: {e.strerror}") from None
+    except FormatError:
+        raise
+    except (ValueError, RecursionError):
+        raise FormatError(f"{file} has no readable header; get it again") from None
+    total = 0
+    if not isinstance(header, dict):
+        raise FormatError(f"{file} has no readable header; get it again")
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        n_bytes = _n_bytes(entry, size - 8 - length)
+        if n_bytes is None:
+            raise FormatError(
+                f"{file}: the header's entry of {name!r:.60} does not fit the file; "
+                "it is damaged or cut off, get or convert it again"
+            )
+        total += n_bytes
+    if total > size - 8 - length:
+        raise FormatError(f"{file} has tensors that overlap; get or convert it again")
+    return len(header)
+
+
+def _n_bytes(entry: Any, room: int) -> int | None:
+    """Bytes of a tensor, from its entry in the header; None for an impossible one."""
+    if not isinstance(entry, dict):
+        return None
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    bits = _ITEM_BITS.get(str(entry.get("dtype")))
+    if bits is None or not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2):
+        return None
+    # A factor of zero must not hide others that overflow.
+    if len(shape) > 16 or max(shape, default=0) > 2**31 - 1:
+        return None
+    begin, end = offsets
+    n_bytes = math.prod(shape) * bits // 8
+    return n_bytes if begin <= end <= room and end - begin == n_bytes else None
+
+
+def _sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
+    )
+
+
+def check_unchanged(folder: str | Path, section: dict[str, Any], table: Table) -> None:
+    """Check that the files are those that the converter wrote.
+
+    Args:
+        section: The config's ``flashhead`` section.
+        table: The dense head as the folder's plain model has it, lazy.
+
+    Raises:
+        FormatError: One changed: the model was fine-tuned, quantized or updated since,
+          or a file is damaged. The message names it.
+    """
+    folder = Path(folder)
+    found = weight_files(folder)
+    if section["format_version"] < 3:
+        digest = section.get("head_sha256")
+        if digest is not None and digest != remembered(
+            found, "head_sha256", lambda: table_sha256(table)
+        ):
+            raise FormatError(_changed(folder, section["head_path"]))
+        return
+    if section.get("sha256") != section_sha256(section):
+        raise FormatError(
+            f"{folder}/config.json: the 'flashhead' section was edited or damaged; "
+            "convert the model again (another number of probes is an option of loading, "
+            "n_probes or --n-probes)"
+        )
+    expected = section.get("files")
+    if not _is_listing(expected):
+        raise FormatError(
+            f"{folder}/config.json does not list the weight files; convert again"
+        )
+    names = [file.name for file in found]
+    if odd := sorted(set(names) ^ (expected.keys() - {HEAD_FILE})):
+        raise FormatError(_changed(folder, odd[0]))
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(file_sha256, (folder / name for name in expected))
+    for (name, digest), actual in zip(expected.items(), digests, strict=True):
+        if digest == actual:
+            continue
+        if name == HEAD_FILE:
+            raise FormatError(
+                f"{folder / name} is damaged or belongs to another model: its SHA-256 "
+                f"is not the stored one; convert the model again, {_DENSE}"
+            )
+        raise FormatError(_changed(folder, name))
+
+
+def _is_listing(files: Any) -> bool:
+    return (
+        isinstance(files, dict)
+        and HEAD_FILE in files
+        and all(os.path.basename(n) == n and n.endswith(".safetensors") for n in files)
+    )
+
+
+def _changed(folder: Path, what: str) -> str:
+    return (
+        f"{folder}: {what} is not what was converted: the model was fine-tuned, "
+        "quantized, updated or damaged since; delete flashhead.safetensors and convert "
+        f"it again, {_DENSE}"
+    )
+
+
+def check_finite(folder: str | Path, tensors: dict[str, mx.array]) -> None:
+    """Check that the head's tensors have no NaN and no infinity, once per file.
+
+    Raises:
+        FormatError: One has; the message names it.
+    """
+    file = Path(folder) / HEAD_FILE
+
+    def compute() -> str:
+        for name, array in tensors.items():
+            floating = mx.issubdtype(array.dtype, mx.floating)
+            if floating and not mx.isfinite(array).all().item():
+                return name
+        return ""
+
+    if name := remembered([file], "not_finite", compute):
+        raise FormatError(
+            f"{file}: {name} has NaN or infinite values; convert the model again"
+        )

@@ -1,0 +1,782 @@
+"""Faults, made on purpose and counted: ``python tests/faults.py --help``.
+
+Each function does one kind of harm a number of times and returns what came of it, by
+name; it raises AssertionError at the first outcome that must not be. test_faults.py
+does a few of each; the script does as many as are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import small_models
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+from mlx_flashhead.convert import convert
+from mlx_flashhead.convert.clusters import ClustersError, read_clusters
+from mlx_flashhead.convert.gguf import GGUFError, read_gguf
+from mlx_flashhead.convert.gguf.tokenizer import build_tokenizer
+
+from mlx_flashhead import decode, files, flash_heads, load, verify
+from mlx_flashhead.files import CONFIG_KEY, HEAD_FILE, FormatError
+
+VOCAB = 1003
+PROMPT = mx.array([[84, 104, 101, 32, 113, 117, 105, 99, 107]])
+
+
+def small_folder(parent: Path, name: str = "llama") -> Path:
+    """A small converted model."""
+    source = small_models.write(name, parent / "source", VOCAB, dtype="bfloat16")
+    options = {"cluster_size": 8, "n_probes": 90, "verbose": False}
+    convert(str(source), parent / "model", **options)
+    return parent / "model"
+
+
+# ---------------------------------------------------------------------------
+# Mutated folders
+# ---------------------------------------------------------------------------
+
+HOSTILE = [None, True, -1, 0, 1, 2, 3, 7, 10**30, 2**63, 1e308, -1.5, "", "x" * 5000]
+HOSTILE += [[], {}, [[]], {"a": {"b": []}}, "../../etc/passwd", "\0", [1e999], [None]]
+JSONS = ["config.json", "tokenizer_config.json", "tokenizer.json"]
+JSONS += ["model.safetensors.index.json"]
+WEIGHTS = [HEAD_FILE, "model.safetensors"]
+
+
+def _read_tensors(file: Path) -> dict[str, mx.array]:
+    tensors = mx.load(str(file))
+    mx.eval(tensors)
+    return tensors
+
+
+def _bits(folder: Path, rng: random.Random, names: list[str]) -> None:
+    file = folder / rng.choice(names)
+    data = bytearray(file.read_bytes())
+    for _ in range(rng.choice([1, 1, 1, 2, 50])):
+        # The header of a weight file is where the danger is.
+        end = len(data) if rng.random() < 0.6 else min(len(data), 4000)
+        data[rng.randrange(end)] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+
+
+def bit_flips_in_weights(folder, rng):
+    _bits(folder, rng, WEIGHTS)
+
+
+def bit_flips_in_json(folder, rng):
+    _bits(folder, rng, JSONS)
+
+
+def truncation(folder, rng):
+    file = folder / rng.choice(WEIGHTS + JSONS)
+    size = file.stat().st_size
+    os.truncate(file, rng.choice([0, 1, 8, size - 1, rng.randrange(size)]))
+
+
+def insertion(folder, rng):
+    file = folder / rng.choice(WEIGHTS + JSONS)
+    data = file.read_bytes()
+    at = rng.randrange(len(data) + 1)
+    file.write_bytes(data[:at] + rng.randbytes(rng.choice([1, 8, 1000])) + data[at:])
+
+
+def missing_file(folder, rng):
+    (folder / rng.choice(WEIGHTS + JSONS)).unlink()
+
+
+def _edit(folder: Path, rng: random.Random, name: str, edit) -> None:
+    """Edit tensors, and in half of the cases make the digests fit again."""
+    tensors = _read_tensors(folder / name)
+    edit(tensors)
+    mx.save_safetensors(str(folder / name), tensors, {"format": "mlx"})
+    if rng.random() < 0.5:
+        files.seal(folder, files.head_config(folder), verify.weight_files(folder))
+
+
+def wrong_shapes(folder, rng):
+    def edit(tensors):
+        name = rng.choice(sorted(tensors))
+        a = tensors[name]
+        tensors[name] = rng.choice(
+            [a[:-1], a[None], a.reshape(-1)[:-1], mx.concatenate([a, a]), a[:0]]
+        )
+
+    _edit(folder, rng, rng.choice(WEIGHTS), edit)
+
+
+def wrong_types(folder, rng):
+    def edit(tensors):
+        name = rng.choice(sorted(tensors))
+        a = tensors[name]
+        others = [mx.int8, mx.int64, mx.bool_]
+        tensors[name] = a.astype(rng.choice([t for t in others if t != a.dtype]))
+
+    _edit(folder, rng, HEAD_FILE, edit)
+
+
+def swapped_tensors(folder, rng):
+    """Of the same shape; nothing but a digest can tell."""
+    file = folder / rng.choice(WEIGHTS)
+    tensors = _read_tensors(file)
+    names = sorted(tensors)
+    pairs = [
+        (a, b)
+        for a in names
+        for b in names
+        if a < b
+        and (tensors[a].shape, tensors[a].dtype) == (tensors[b].shape, tensors[b].dtype)
+    ]
+    a, b = rng.choice(pairs)
+    tensors[a], tensors[b] = tensors[b], tensors[a]
+    mx.save_safetensors(str(file), tensors, {"format": "mlx"})
+
+
+def swapped_names(folder, rng):
+    """Of tensors of any shapes."""
+
+    def edit(tensors):
+        a, b = rng.sample(sorted(tensors), 2)
+        tensors[a], tensors[b] = tensors[b], tensors[a]
+
+    _edit_until_odd(folder, rng, edit)
+
+
+def _edit_until_odd(folder, rng, edit):
+    tensors = _read_tensors(folder / HEAD_FILE)
+    edit(tensors)
+    mx.save_safetensors(str(folder / HEAD_FILE), tensors, {"format": "mlx"})
+
+
+def wrong_token_ids(folder, rng):
+    def edit(tensors):
+        ids = np.array(tensors["token_ids"])
+        flat = ids.reshape(-1)
+        i, j = rng.sample(range(VOCAB), 2)
+        flat[i] = rng.choice([flat[j], VOCAB, VOCAB + 1, 2**32 - 1])
+        tensors["token_ids"] = mx.array(ids)
+
+    _edit(folder, rng, HEAD_FILE, edit)
+
+
+def not_finite(folder, rng):
+    def edit(tensors):
+        name = rng.choice(["spread", "excess", "rows.scales", "centroids.biases"])
+        value = rng.choice([float("nan"), float("inf"), -float("inf")])
+        a = np.array(tensors[name].astype(mx.float32))
+        a.reshape(-1)[rng.randrange(a.size)] = value
+        tensors[name] = mx.array(a).astype(tensors[name].dtype)
+
+    _edit(folder, rng, HEAD_FILE, edit)
+
+
+def hostile_section(folder, rng):
+    """Values of the config's section, the digest made to fit in half of the cases, but
+    only where no other number than the right one is allowed."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    section = config[CONFIG_KEY]
+    key = rng.choice(sorted(section))
+    value = rng.choice(HOSTILE)
+    if rng.random() < 0.2:
+        config[CONFIG_KEY] = value
+    elif isinstance(section[key], dict) and rng.random() < 0.5:
+        section[key][rng.choice(sorted(section[key]))] = value
+    else:
+        section[key] = value
+    free = {"n_probes", "tail_offset", "temperatures"}
+    if isinstance(config[CONFIG_KEY], dict) and key not in free and rng.random() < 0.5:
+        section["sha256"] = files.section_sha256(section)
+    file.write_text(json.dumps(config))
+
+
+def hostile_json(folder, rng):
+    file = folder / rng.choice(JSONS)
+    content = json.loads(file.read_text())
+    keys = [k for k in content if k != CONFIG_KEY]
+    where = content
+    key = rng.choice(keys)
+    while isinstance(where[key], dict) and where[key] and rng.random() < 0.5:
+        where = where[key]
+        key = rng.choice(sorted(where))
+    if rng.random() < 0.15:
+        del where[key]
+    else:
+        where[key] = rng.choice(HOSTILE)
+    file.write_text(json.dumps(content))
+
+
+def hostile_header(folder, rng):
+    """Of a weight file: sizes that the file does not have."""
+    file = folder / rng.choice(WEIGHTS)
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    name = rng.choice([k for k in header if k != "__metadata__"])
+    entry = header[name]
+    key = rng.choice(["shape", "data_offsets", "dtype"])
+    if key == "dtype":
+        entry[key] = rng.choice(["F64", "I64", "BOOL", "C64", "", 3, None])
+    else:
+        i = rng.randrange(len(entry[key]))
+        old = entry[key][i]
+        entry[key][i] = rng.choice([0, -1, 2**31, 2**40, 2**62, old + 1, 1e9, "8"])
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def garbage(folder, rng):
+    file = folder / rng.choice(WEIGHTS + JSONS)
+    size = rng.choice([0, 10, file.stat().st_size])
+    file.write_bytes(rng.choice([rng.randbytes(size), bytes(size), b"[" * 100_000]))
+
+
+MUTATIONS = [
+    bit_flips_in_weights, bit_flips_in_json, truncation, insertion, missing_file,
+    wrong_shapes, wrong_types, swapped_tensors, swapped_names, wrong_token_ids,
+    not_finite, hostile_section, hostile_json, hostile_header, garbage,
+]  # fmt: skip
+
+
+def answers(model) -> tuple[np.ndarray, list[int]]:
+    """Logits of a prompt, and the tokens that follow it."""
+    logits = np.array(model(PROMPT).astype(mx.float32))
+    steps = mlx_lm.generate.__globals__["generate_step"](PROMPT[0], model, max_tokens=6)
+    return logits, [int(token) for token, _ in steps]
+
+
+def mutate(n: int, first_seed: int = 0) -> Counter:
+    """Load n mutated folders: each is refused in one line, or gives the tokens and
+    logits of the folder before; where only the plain model's config or tokenizer is
+    another, those that the plain model gives (up to the rounding of the head)."""
+    counts: Counter = Counter()
+    with tempfile.TemporaryDirectory() as place:
+        bases = [
+            small_folder(Path(place, name), name) for name in ("llama", "llama-tied")
+        ]
+        wanted = [answers(load(base)[0]) for base in bases]
+        for i in range(n):
+            rng = random.Random(first_seed + i)
+            change = MUTATIONS[i % len(MUTATIONS)]
+            which = rng.randrange(2)
+            folder = Path(place, "mutated")
+            shutil.copytree(bases[which], folder)
+            change(folder, rng)
+            what = f"{change.__name__}, seed {first_seed + i}"
+            outcome = _outcome(folder, wanted[which], what)
+            counts[f"{change.__name__}: {outcome}"] += 1
+            counts[outcome] += 1
+            shutil.rmtree(folder)
+            if i % 50 == 49:
+                gc.collect()
+                print(f"  {i + 1} folders", file=sys.stderr, flush=True)
+    return counts
+
+
+def _outcome(folder: Path, wanted, what: str) -> str:
+    try:
+        model, tokenizer = load(folder)
+        found = answers(model)
+    except (ValueError, OSError) as e:
+        message = str(e)
+        assert message and "\n" not in message and len(message) < 700, (what, message)
+        return "refused"
+    except Exception as e:
+        raise AssertionError(f"{what}: {type(e).__name__}: {e}") from e
+    same = np.array_equal(found[0], wanted[0]) and found[1] == wanted[1]
+    if same:
+        return "right"
+    # Then it has to be what mlx-lm makes of the same plain files.
+    try:
+        stock, _ = mlx_lm.load(str(folder))
+        plain, _ = answers(stock)
+    except Exception as e:
+        raise AssertionError(f"{what}: loads, but not as a plain model: {e}") from e
+    near = plain.shape == found[0].shape and np.allclose(
+        plain, found[0], atol=0.03 * np.ptp(plain), equal_nan=True
+    )
+    assert near, f"{what}: loads and is wrong"
+    return "right, as the plain model"
+
+
+# ---------------------------------------------------------------------------
+# Conversions that end early
+# ---------------------------------------------------------------------------
+
+CONVERT = """
+import resource, signal, sys
+from mlx_flashhead.convert import convert, pipeline
+source, target, limit, room = sys.argv[1:]
+if room == "unchecked":
+    pipeline.check_space = lambda *_: None
+if int(limit):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit),) * 2)
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    convert(source, target, cluster_size=8, verbose=False)
+except (ValueError, OSError) as e:
+    sys.exit(f"one line: {e}")
+"""
+
+
+def converting(source: Path, target: Path, limit: int = 0, room: str = ""):
+    """A process that is about to convert, once it is sent a line."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CONVERT, str(source), str(target), str(limit), room],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    return process
+
+
+def _go(process) -> None:
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def _assert_whole(folder: Path) -> None:
+    """That it loads, and that nothing hidden is beside it."""
+    assert len(list(flash_heads(load(folder)[0]))) == 1
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def kill(n: int, first_seed: int = 0) -> Counter:
+    """Kill n conversions at random moments. No target is left, or a whole one; the next
+    conversion works and takes away what the killed one left."""
+    counts: Counter = Counter()
+    with tempfile.TemporaryDirectory() as place:
+        source = small_models.write("llama", Path(place, "source"), VOCAB)
+        target = Path(place, "here/model")
+        process = converting(source, target)
+        start = time.perf_counter()
+        process.communicate("\n")
+        whole = time.perf_counter() - start
+        shutil.rmtree(target)
+        for i in range(n):
+            process = converting(source, target)
+            _go(process)
+            time.sleep(random.Random(first_seed + i).uniform(0, 1.05 * whole))
+            process.kill()
+            process.communicate()
+            if target.exists():
+                _assert_whole(target)
+                counts["finished before"] += 1
+                shutil.rmtree(target)
+                continue
+            counts["killed"] += 1
+            here = target.parent
+            left = [p.name for p in here.iterdir()] if here.exists() else []
+            assert all(name.startswith(".model.partial-") for name in left), left
+            counts["left a hidden folder"] += bool(left)
+            # A retry takes as long as the conversion; one in five, and the last.
+            if i % 5 == 4 or i == n - 1:
+                convert(str(source), target, cluster_size=8, verbose=False)
+                _assert_whole(target)
+                counts["retried"] += 1
+                shutil.rmtree(target)
+    return counts
+
+
+def fill_disk(n: int, first_seed: int = 0) -> Counter:
+    """Convert n times to a disk that is too small: a real one where this process may
+    mount one, else with a limit on the size of files. Nothing is left."""
+    counts: Counter = Counter()
+    with tempfile.TemporaryDirectory() as place:
+        source = small_models.write("llama", Path(place, "source"), VOCAB)
+        for i in range(n):
+            kilobytes = random.Random(first_seed + i).randint(8, 900)
+            disk = Path(place, "disk")
+            disk.mkdir()
+            size = f"size={kilobytes}k"
+            mount = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)]
+            mounted = not subprocess.run(mount, capture_output=True).returncode
+            try:
+                limit = 0 if mounted else kilobytes * 1024 // 2
+                process = converting(source, disk / "model", limit, "unchecked")
+                _, errors = process.communicate("\n")
+                left = [p.name for p in disk.iterdir()]
+                if process.returncode == 0:
+                    _assert_whole(disk / "model")
+                    counts["fitted"] += 1
+                    continue
+                assert errors.startswith("one line: "), errors
+                assert errors.count("\n") == 1 and "space" in errors, errors
+                assert left == [], left
+                counts[f"full, {'disk' if mounted else 'limit'}"] += 1
+            finally:
+                if mounted:
+                    subprocess.run(["umount", str(disk)], check=True)
+                shutil.rmtree(disk)
+    return counts
+
+
+def race(n: int) -> Counter:
+    """Two processes convert to one target, n times: one makes it, the other says so."""
+    counts: Counter = Counter()
+    with tempfile.TemporaryDirectory() as place:
+        source = small_models.write("llama", Path(place, "source"), VOCAB)
+        target = Path(place, "here/model")
+        for _ in range(n):
+            both = [converting(source, target) for _ in range(2)]
+            for process in both:
+                _go(process)
+            errors = [process.communicate()[1] for process in both]
+            codes = sorted(process.returncode for process in both)
+            assert codes == [0, 1], errors
+            (message,) = [e for e in errors if e]
+            assert message.startswith("one line: ") and message.count("\n") == 1
+            _assert_whole(target)
+            shutil.rmtree(target)
+            counts["one of two"] += 1
+    return counts
+
+
+# ---------------------------------------------------------------------------
+# Long runs
+# ---------------------------------------------------------------------------
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    if not Path("/proc/self/statm").exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def decode_long(n: int, sampler=None) -> Counter:
+    """Decode n tokens with a rotating cache: MLX's memory, and the process's, at a fifth
+    of the way and at the end."""
+    from mlx_lm.generate import generate_step
+    from mlx_lm.sample_utils import make_sampler
+
+    counts: Counter = Counter()
+    with tempfile.TemporaryDirectory() as place:
+        model, _ = load(small_folder(Path(place)))
+        steps = generate_step(
+            PROMPT[0],
+            model,
+            max_tokens=n,
+            max_kv_size=256,
+            sampler=make_sampler(1.0, top_p=0.95) if sampler else None,
+        )
+        assert decode.head_of(model) is not None
+        for i, _ in enumerate(steps, 1):
+            if i in (n // 5, n):
+                gc.collect()
+                when = "early" if i < n else "end"
+                counts[f"active bytes, {when}"] = mx.get_active_memory()
+                counts[f"resident bytes, {when}"] = resident()
+        counts["tokens"] = i
+    grown = counts["active bytes, end"] - counts["active bytes, early"]
+    assert grown < 1 << 20, counts
+    assert counts["resident bytes, end"] < counts["resident bytes, early"] + (16 << 20)
+    return counts
+
+
+def serve(n_clients: int, rounds: int) -> Counter:
+    """Streaming clients at once, a third cut off in the middle: those that stay get what
+    they get alone, and the server holds no more threads, files or memory."""
+    from test_server import serving, streamed
+
+    counts: Counter = Counter()
+    with tempfile.TemporaryDirectory() as place:
+        folder = small_folder(Path(place))
+        log = Path(place, "log")
+        words = ("mlx_flashhead.server", "--model", str(folder))
+        with serving(*words, log=log) as client:
+            port = client.base_url.port
+            texts = [f"Client {i} asks {i * i}" for i in range(n_clients)]
+            alone = [streamed(client, text, 24) for text in texts]
+            assert len(set(alone)) > 0.9 * n_clients
+
+            def ask(i: int) -> str:
+                if i % 3 == 2:
+                    stream = client.chat.completions.create(
+                        model="default_model",
+                        messages=[{"role": "user", "content": texts[i]}],
+                        max_tokens=400,
+                        temperature=0.0,
+                        stream=True,
+                    )
+                    got = ""
+                    for chunk in stream:
+                        got += chunk.choices[0].delta.content or ""
+                        if len(got) > 3 + i % 9:
+                            break
+                    stream.close()
+                    k = min(len(got), len(alone[i]))
+                    return "cut off" if got[:k] == alone[i][:k] else f"wrong: {got!r}"
+                got = streamed(client, texts[i], 24)
+                return "right" if got == alone[i] else f"wrong: {got!r}, {alone[i]!r}"
+
+            before = None
+            for r in range(rounds):
+                with ThreadPoolExecutor(n_clients) as pool:
+                    counts.update(pool.map(ask, range(n_clients)))
+                time.sleep(1)
+                held = _held(port)
+                # The first round fills the caches of prompts.
+                if r == min(1, rounds - 1):
+                    before = held
+            assert streamed(client, texts[0], 24) == alone[0]
+    for name, value in held.items():
+        counts[f"{name} after {rounds} rounds"] = value
+        counts[f"{name} after {min(2, rounds)}"] = before[name]
+    wrong = [name for name in counts if name.startswith("wrong")]
+    assert not wrong, wrong
+    if held:
+        assert held["threads"] <= before["threads"] + 2, counts
+        assert held["files"] <= before["files"] + 2, counts
+        assert held["kilobytes"] <= 1.1 * before["kilobytes"] + 16_384, counts
+    return counts
+
+
+def _held(port: int) -> dict[str, int]:
+    """What the server on a port holds, as /proc says."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (process / "cmdline").read_bytes().split(b"\0")
+            if str(port).encode() in words and b"mlx_flashhead.server" in words:
+                status = (process / "status").read_text()
+                fields = dict(x.split(":", 1) for x in status.splitlines())
+                return {
+                    "threads": int(fields["Threads"]),
+                    "files": len(list((process / "fd").iterdir())),
+                    "kilobytes": int(fields["VmRSS"].split()[0]),
+                }
+    return {}
+
+
+# ---------------------------------------------------------------------------
+# Fuzzing
+# ---------------------------------------------------------------------------
+
+
+def fuzz(seconds: float, first_seed: int = 0) -> Counter:
+    """Give the readers of GGUF files, of configs and of safetensors headers what is
+    made up or damaged, for so long: only their own one-line errors may come of it."""
+    counts: Counter = Counter()
+    end = time.monotonic() + seconds
+    with tempfile.TemporaryDirectory() as place:
+        readers = [
+            _fuzz_gguf(Path(place)),
+            _fuzz_folder(Path(place, "bytes")),
+            _fuzz_values(Path(place, "values")),
+            _fuzz_clusters(Path(place, "clusters")),
+        ]
+        n = 0
+        while time.monotonic() < end:
+            for reader in readers:
+                reader(first_seed + n, counts)
+            n += 1
+    return counts
+
+
+def _damage(data: bytes, rng: random.Random, end: int) -> bytes:
+    """Bytes changed, cut out, doubled or replaced by numbers that are often dangerous."""
+    out = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        i = rng.randrange(min(end, len(out)) or 1)
+        way = rng.randrange(5)
+        if way == 0:
+            out[i : i + 1] = bytes([rng.randrange(256)])
+        elif way == 1:
+            size = rng.choice([4, 8])
+            value = rng.choice(
+                [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]
+            )
+            out[i : i + size] = (value % 256**size).to_bytes(size, "little")
+        elif way == 2:
+            del out[i : i + rng.randrange(1, 40)]
+        elif way == 3:
+            out[i:i] = out[i : i + rng.randrange(1, 40)]
+        else:
+            out[i : i + 4] = rng.choice([b"null", b"[[[[", b'"""\\', b"1e99", b"-1,-"])
+    return bytes(out)
+
+
+def _fuzz_gguf(place: Path):
+    from test_gguf import gguf_tensors, reference_model, write_gguf
+
+    wholes = []
+    for arch in ("llama", "gemma3", "qwen2", "qwen3"):
+        tensors = gguf_tensors(arch, reference_model(arch))
+        file = write_gguf(place / f"{arch}.gguf", arch, tensors)
+        wholes.append(file.read_bytes())
+    path = place / "m.gguf"
+
+    def run(seed: int, counts: Counter) -> None:
+        rng = random.Random(seed)
+        whole = rng.choice(wholes)
+        path.write_bytes(_damage(whole, rng, rng.choice([400, 4000, len(whole)])))
+        counts["GGUF"] += 1
+        try:
+            model = read_gguf(path)
+            for _ in model.tensors("float32"):
+                pass
+            build_tokenizer(path, model._vocabulary)
+        except GGUFError as e:
+            assert "\n" not in str(e), (seed, str(e))
+            counts["GGUF refused"] += 1
+        except Exception as e:
+            raise AssertionError(f"GGUF, seed {seed}: {type(e).__name__}: {e}") from e
+
+    return run
+
+
+def _check(folder: Path) -> None:
+    section = files.head_config(folder)
+    verify.check_sizes(folder)
+    if section is not None:
+        files.load_head(folder, section)
+
+
+def _fuzz_folder(place: Path):
+    folder = small_folder(place)
+    wholes = {n: (folder / n).read_bytes() for n in ("config.json", *WEIGHTS)}
+
+    def run(seed: int, counts: Counter) -> None:
+        rng = random.Random(seed)
+        name = rng.choice(list(wholes))
+        end = 4000 if name in WEIGHTS else 10**9
+        (folder / name).write_bytes(_damage(wholes[name], rng, end))
+        counts["folder"] += 1
+        try:
+            _check(folder)
+        except FormatError as e:
+            assert "\n" not in str(e), (seed, str(e))
+            counts["folder refused"] += 1
+        except Exception as e:
+            raise AssertionError(f"folder, seed {seed}: {type(e).__name__}: {e}") from e
+        finally:
+            (folder / name).write_bytes(wholes[name])
+
+    return run
+
+
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def _fuzz_values(place: Path):
+    """Values of every kind in a config, by hypothesis."""
+    folder = small_folder(place)
+    whole = json.loads((folder / "config.json").read_text())
+    section = whole[CONFIG_KEY]
+    nested = [(k, n) for k in ("rows", "centroids", "files") for n in section[k]]
+    places = [(k,) for k in section] + nested
+
+    def run(number: int, counts: Counter) -> None:
+        @settings(
+            max_examples=25,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @seed(number)
+        @given(st.sampled_from(places), _values, st.sampled_from([1, 2, 3]))
+        def one(where, value, version):
+            config = json.loads(json.dumps(whole))
+            part = config[CONFIG_KEY]
+            part["format_version"] = version
+            for key in where[:-1]:
+                part = part[key]
+            part[where[-1]] = value
+            (folder / "config.json").write_text(json.dumps(config))
+            counts["values"] += 1
+            try:
+                _check(folder)
+            except FormatError as e:
+                assert "\n" not in str(e), (number, str(e))
+                counts["values refused"] += 1
+
+        one()
+
+    return run
+
+
+def _fuzz_clusters(place: Path):
+    from test_clusters import D, V, publish
+
+    assets = publish(place) / "flash_head_assets"
+    wholes = {file: file.read_bytes() for file in assets.iterdir()}
+
+    def run(seed: int, counts: Counter) -> None:
+        rng = random.Random(seed)
+        file = rng.choice(sorted(wholes))
+        file.write_bytes(_damage(wholes[file], rng, 600))
+        counts["clusters"] += 1
+        try:
+            read_clusters(str(place), V, D)
+        except ClustersError as e:
+            assert "\n" not in str(e), (seed, str(e))
+            counts["clusters refused"] += 1
+        except Exception as e:
+            raise AssertionError(f"clusters, seed {seed}: {type(e).__name__}") from e
+        finally:
+            file.write_bytes(wholes[file])
+
+    return run
+
+
+# ---------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("kind", type=click.Choice(
+    ["mutate", "kill", "disk", "race", "decode", "sample", "serve", "fuzz"]))  # fmt: skip
+@click.option("-n", type=int, help="How many; seconds of fuzzing.")
+@click.option("--seed", "first_seed", default=0)
+def main(kind: str, n: int | None, first_seed: int) -> None:
+    """Do one kind of harm many times and print what came of it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    start = time.perf_counter()
+    counts = {
+        "mutate": lambda: mutate(n or 1000, first_seed),
+        "kill": lambda: kill(n or 50, first_seed),
+        "disk": lambda: fill_disk(n or 20, first_seed),
+        "race": lambda: race(n or 10),
+        "decode": lambda: decode_long(n or 10_000),
+        "sample": lambda: decode_long(n or 10_000, True),
+        "serve": lambda: serve(32, n or 5),
+        "fuzz": lambda: fuzz(n or 600, first_seed),
+    }[kind]()
+    for name, value in sorted(counts.items()):
+        print(f"{kind:8}{name:44}{value:>14,}")
+    print(f"{kind:8}{'seconds':44}{time.perf_counter() - start:>14.0f}")
+
+
+if __name__ == "__main__":
+    main()
