@@ -99,6 +99,7 @@ def _leaving_clean() -> Iterator[None]:
 @click.option(
     "--overwrite", is_flag=True, help="Replace a model at --mlx-path, at the end."
 )
+@click.option("--upload-repo", help="Hugging Face id to upload the result to.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def main(as_json: bool, **options: Any) -> None:
     """Convert a model into an mlx-lm folder with a FlashHead.

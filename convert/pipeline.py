@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from mlx_flashhead.head import FlashHead, default_n_probes
 from mlx_flashhead.table import Table
 from mlx_flashhead.transform import Transform
 
-from . import calibrate, cluster, pack
+from . import calibrate, cluster, pack, publish
 from .clusters import pack_clusters, read_clusters
 from .progress import Progress, bars, silent
 from .recipes import (
@@ -64,7 +64,8 @@ class Report:
         agreement: Share on which the FlashHead's best token is the dense head's.
         kl: Mean KL(dense || FlashHead) over the whole vocabulary, nats per token.
         held_out_tokens: Number of held-out states.
-        seconds: Time taken.
+        seconds: Time taken, without the upload.
+        url: Address of the upload.
     """
 
     path: str
@@ -84,6 +85,7 @@ class Report:
     kl: float
     held_out_tokens: int
     seconds: float
+    url: str | None = None
 
     def __str__(self) -> str:
         return "\n".join(
@@ -100,6 +102,7 @@ class Report:
                 f"{100 * self.agreement:.2f} %, KL {self.kl:.4f} nats",
                 f"Took          {self.seconds:.0f} s",
                 f"Folder        {self.path}",
+                *([f"Uploaded      {self.url}"] if self.url else []),
                 "Try           python -m mlx_flashhead.generate --model "
                 f'{self.path} --prompt "Once upon a time"',
             ]
@@ -128,6 +131,7 @@ def convert(
     recipe: str = "default",
     clusters: str | Path | None = None,
     overwrite: bool = False,
+    upload_repo: str | None = None,
     verbose: bool = True,
 ) -> Report:
     """Convert a model into an mlx-lm folder with a FlashHead.
@@ -153,6 +157,7 @@ def convert(
         clusters: Folder or Hugging Face id of published clusters of this model, in the
             layout of :mod:`mlx_flashhead.convert.clusters`, instead of clustering here.
         overwrite: Replace a model's folder at ``mlx_path``, once the new one is whole.
+        upload_repo: Hugging Face id to upload the folder to when it is done.
         verbose: Show progress.
 
     Returns:
@@ -162,6 +167,7 @@ def convert(
         ConvertError, ClustersError, SourceError, StagingError, CalibrationError,
         StatesError, HeadNotFound, GGUFError: Each a ``ValueError`` with one line that
         says what to do. Nothing is left behind.
+        PublishError: Likewise, but where an upload fails the folder stays.
     """
     start = time.perf_counter()
     if (hf_path is None) == (gguf_path is None):
@@ -182,6 +188,8 @@ def convert(
     target = Path(mlx_path)
     if overwrite and _is_within(hf_path or gguf_path, target):
         raise ConvertError(f"--overwrite: {target} has the model that is converted")
+    if upload_repo is not None:
+        publish.check_upload(upload_repo)
     documents = calibrate.read_documents(calibration_data)
     progress = bars if verbose else silent
     with staged(target, overwrite) as (result, workspace):
@@ -261,9 +269,21 @@ def convert(
             utils.save(result, source.hub_id or source.folder, model, tokenizer, config)
             for file in [*verify.weight_files(result), result / files.HEAD_FILE]:
                 verify.check_safetensors(file)
+            publish.write_card(
+                result,
+                upload_repo or target.name,
+                section,
+                report,
+                base=hf_path if source.folder != Path(source.name) else None,
+                source=source.folder,
+            )
             files.seal(result, section, verify.weight_files(result))
             step()
         result.chmod(0o755)
+    if upload_repo is not None:
+        with progress("Uploading", 1) as step:
+            report = replace(report, url=publish.upload(target, upload_repo))
+            step()
     return report
 
 

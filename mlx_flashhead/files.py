@@ -145,7 +145,7 @@ def load_head(folder: str | Path, section: dict[str, Any]) -> FlashHead:
     version = section.get("format_version")
     if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
         raise FormatError(
-            f"{folder}: FlashHead format version {version!r} is not known here; "
+            f"{folder}: FlashHead format version {version!r:.40} is not known here; "
             "upgrade mlx-flashhead or convert the model again"
         )
     if not file.is_file():

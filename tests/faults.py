@@ -468,7 +468,8 @@ def resident() -> int:
 
 
 def decode_long(n: int, sampler=None) -> Counter:
-    """Decode n tokens with a rotating cache: MLX's memory, and the process's, at a fifth
+    """Decode n tokens with a rotating cache: MLX's memory, and the process's, at a
+    fifth
     of the way and at the end."""
     from mlx_lm.generate import generate_step
     from mlx_lm.sample_utils import make_sampler
@@ -498,7 +499,8 @@ def decode_long(n: int, sampler=None) -> Counter:
 
 
 def serve(n_clients: int, rounds: int) -> Counter:
-    """Streaming clients at once, a third cut off in the middle: those that stay get what
+    """Streaming clients at once, a third cut off in the middle: those that stay get
+    what
     they get alone, and the server holds no more threads, files or memory."""
     from test_server import serving, streamed
 
@@ -597,7 +599,8 @@ def fuzz(seconds: float, first_seed: int = 0) -> Counter:
 
 
 def _damage(data: bytes, rng: random.Random, end: int) -> bytes:
-    """Bytes changed, cut out, doubled or replaced by numbers that are often dangerous."""
+    """Bytes changed, cut out, doubled or replaced by numbers that are often
+    dangerous."""
     out = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 5])):
         i = rng.randrange(min(end, len(out)) or 1)
@@ -755,8 +758,12 @@ def _fuzz_clusters(place: Path):
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(
-    ["mutate", "kill", "disk", "race", "decode", "sample", "serve", "fuzz"]))  # fmt: skip
+@click.argument(
+    "kind",
+    type=click.Choice(
+        ["mutate", "kill", "disk", "race", "decode", "sample", "serve", "fuzz"]
+    ),
+)
 @click.option("-n", type=int, help="How many; seconds of fuzzing.")
 @click.option("--seed", "first_seed", default=0)
 def main(kind: str, n: int | None, first_seed: int) -> None:

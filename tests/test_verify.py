@@ -184,8 +184,14 @@ def test_values_that_are_not_finite(untied_folder, tmp_path, version, name, valu
 
 @pytest.mark.parametrize(
     "key, value",
-    [("n_probes", 80), ("tail_offset", [0.0] * 7), ("files", {}), ("sha256", "0")]
-    + [("files", {HEAD_FILE: "0", "../../secret.safetensors": "0"}), ("files", 3)],
+    [
+        ("n_probes", 80),
+        ("tail_offset", [0.0] * 7),
+        ("files", {}),
+        ("sha256", "0"),
+        ("files", {HEAD_FILE: "0", "../../secret.safetensors": "0"}),
+        ("files", 3),
+    ],
 )
 def test_an_edited_section(folder, key, value):
     edit_json(folder / "config.json", lambda c: c[CONFIG_KEY].update({key: value}))

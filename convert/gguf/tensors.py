@@ -43,7 +43,9 @@ class Weights:
         scale = self._scale(weight.source)
         parts = []
         for values in self._chunks(weight, weight.source):
-            values = values * scale + weight.shift
+            # What overflows is refused below, by name.
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = values * scale + weight.shift
             self._check(weight, values, dtype)
             parts.append(mx.array(values).astype(dtype))
             mx.eval(parts[-1])

@@ -1,0 +1,192 @@
+"""Model cards, and uploads to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+# Of the base model's card, what holds for the converted model, too.
+_INHERITED = ("license", "license_name", "license_link", "language", "base_model")
+
+# Files that have to go along with a copy.
+_NOTICES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
+
+_TEXT = """
+# {name}
+
+{origin}, with a [FlashHead](https://arxiv.org/abs/2603.14591) for
+[MLX](https://github.com/ml-explore/mlx): a retrieval head in place of the dense
+`lm_head`, made without training by mlx-flashhead {version}. The plain model is in the
+folder, too, and stock mlx-lm runs it.
+
+## With the FlashHead
+
+```bash
+pip install mlx-flashhead
+mlx_flashhead.generate --model {name} --prompt "Once upon a time"
+```
+
+```python
+from mlx_flashhead import load
+from mlx_lm import generate
+
+model, tokenizer = load("{name}")
+print(generate(model, tokenizer, prompt="Once upon a time"))
+```
+
+## Without the package: the dense head
+
+```bash
+pip install mlx-lm
+mlx_lm.generate --model {name} --prompt "Once upon a time"
+```
+
+## Fidelity
+
+Measured at conversion on {held_out_tokens:,} tokens of text held out from the
+calibration, against the dense head:
+
+| | |
+|---|---|
+| Best token is among those probed (recall) | {recall:.2%} |
+| Same best token as the dense head | {agreement:.2%} |
+| KL divergence from the dense head | {kl:.4f} nats per token |
+| Read per decoded token, FlashHead | {flash_mb:.1f} MB |
+| Read per decoded token, dense {dense_bits}-bit head | {dense_mb:.1f} MB |
+
+## Recipe
+
+| | |
+|---|---|
+| Vocabulary | {vocab_size:,} tokens x {hidden_size:,} |
+| Clusters | {n_clusters:,} of {cluster_size}{clusters} |
+| Probed per token | {n_probes:,} |
+| Bits | rows {row_bits}, centroids {centroid_bits} |
+| Recipe, seed | {recipe}, {seed} |
+| Calibration text | {calibration} |
+| SHA-256 of the dense head | `{head_sha256}` |
+"""
+
+
+class PublishError(ValueError):
+    """The model cannot be uploaded; the folder is there all the same."""
+
+
+def write_card(
+    folder: Path,
+    name: str,
+    section: dict[str, Any],
+    report: Any,
+    *,
+    base: str | None = None,
+    source: Path | None = None,
+) -> None:
+    """Write a converted folder's README.md, and copy the licences of its source.
+
+    Args:
+        folder: The folder. The card that mlx-lm wrote there has the metadata of a base
+          model from the hub.
+        name: How the model is to be called: its id on the hub, or the folder's name.
+        section: The config's ``flashhead`` section.
+        report: What :func:`mlx_flashhead.convert.convert` reports.
+        base: Hugging Face id of the model that was converted.
+        source: Its folder, whose card's licence and base model are inherited.
+    """
+    inherited: dict[str, Any] = {}
+    for file in (source / "README.md" if source else None, folder / "README.md"):
+        if file is None or not file.is_file():
+            continue
+        # Cards are anyone's; what cannot be read has nothing to inherit.
+        with contextlib.suppress(Exception):
+            data = ModelCard.load(file).data.to_dict()
+            inherited |= {k: data[k] for k in _INHERITED if data.get(k)}
+    if base is not None:
+        if "license" not in inherited:
+            with contextlib.suppress(Exception):
+                data = ModelCard.load(base).data.to_dict()
+                inherited |= {k: data[k] for k in _INHERITED if data.get(k)}
+        inherited["base_model"] = base
+    for pattern in _NOTICES:
+        for file in source.glob(pattern) if source else ():
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+    if not inherited.get("license") and inherited.get("license_name"):
+        inherited["license"] = "other"
+    data = ModelCardData(
+        **inherited,
+        library_name="mlx",
+        pipeline_tag="text-generation",
+        tags=["mlx", "flashhead", "mlx-flashhead"],
+    )
+    bases = inherited.get("base_model")
+    bases = [bases] if isinstance(bases, str) else bases or []
+    origin = ", ".join(f"[{b}](https://huggingface.co/{b})" for b in bases)
+    clusters = section.get("clusters")
+    text = _TEXT.format(
+        name=name,
+        origin=origin or "A language model",
+        version=version("mlx-flashhead"),
+        flash_mb=report.flash_bytes / 1e6,
+        dense_mb=report.dense_bytes / 1e6,
+        dense_bits=report.dense_bits,
+        clusters=f", published by {clusters}" if clusters else "",
+        row_bits=section["rows"]["bits"],
+        centroid_bits=section["centroids"]["bits"],
+        **section["measured"],
+        **{k: section[k] for k in ("vocab_size", "hidden_size", "n_clusters")},
+        **{k: section[k] for k in ("cluster_size", "n_probes", "recipe", "seed")},
+        **{k: section[k] for k in ("calibration", "head_sha256")},
+    )
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    card.save(folder / "README.md")
+
+
+def check_upload(repo: str) -> None:
+    """Raise PublishError, before any work is done, where an upload cannot succeed."""
+    try:
+        validate_repo_id(repo)
+        HfApi().whoami()
+    except HFValidationError as e:
+        raise PublishError(f"--upload-repo {repo}: {_line(e)}") from e
+    # A missing token is one of huggingface_hub's own kinds of these.
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        raise PublishError(
+            f"--upload-repo {repo}: the Hugging Face hub does not know you; log in "
+            "with "
+            f"'hf auth login' or set HF_TOKEN ({_line(e)})"
+        ) from e
+
+
+def upload(folder: Path, repo: str) -> str:
+    """Upload a converted folder in one commit, and give its address. Weight files of
+    an older version go: mlx-lm would load them, too.
+
+    Raises:
+        PublishError: The hub refuses, or cannot be reached.
+    """
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            commit_message="Upload model with a FlashHead",
+            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as e:
+        raise PublishError(
+            f"--upload-repo {repo}: the upload failed ({_line(e)}); the model is in "
+            f"{folder}, try again with: hf upload {repo} {folder}"
+        ) from e
+    return str(url)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
