@@ -143,7 +143,10 @@ def writing(target: Path) -> Iterator[None]:
     """Say of an error in writing where it was and what to do."""
     try:
         yield
-    except (OSError, RuntimeError) as e:
+    except MemoryError:
+        raise
+    # The tokenizers package says of a full disk no more than Exception.
+    except Exception as e:
         reason = getattr(e, "strerror", None) or " ".join(str(e).split())
         raise StagingError(
             f"cannot write {target}: {reason}; if the disk is full, free some space "

@@ -364,7 +364,7 @@ def _assert_whole(folder: Path) -> None:
 
 
 def kill(n: int, first_seed: int = 0) -> Counter:
-    """Kill n conversions at random moments. No target is left, or a whole one; the next
+    """Kill n conversions in the middle, at random moments. No target is left, or a whole one; the next
     conversion works and takes away what the killed one left."""
     counts: Counter = Counter()
     with tempfile.TemporaryDirectory() as place:
@@ -375,10 +375,11 @@ def kill(n: int, first_seed: int = 0) -> Counter:
         process.communicate("\n")
         whole = time.perf_counter() - start
         shutil.rmtree(target)
-        for i in range(n):
+        rng = random.Random(first_seed)
+        while counts["killed"] < n:
             process = converting(source, target)
             _go(process)
-            time.sleep(random.Random(first_seed + i).uniform(0, 1.05 * whole))
+            time.sleep(rng.uniform(0, whole))
             process.kill()
             process.communicate()
             if target.exists():
@@ -392,7 +393,7 @@ def kill(n: int, first_seed: int = 0) -> Counter:
             assert all(name.startswith(".model.partial-") for name in left), left
             counts["left a hidden folder"] += bool(left)
             # A retry takes as long as the conversion; one in five, and the last.
-            if i % 5 == 4 or i == n - 1:
+            if counts["killed"] % 5 == 0 or counts["killed"] == n:
                 convert(str(source), target, cluster_size=8, verbose=False)
                 _assert_whole(target)
                 counts["retried"] += 1

@@ -548,9 +548,19 @@ def test_errors_midway_leave_nothing(untied_source, tmp_path, monkeypatch, error
     assert contents(tmp_path) == {}
 
 
-def test_an_error_while_writing_leaves_nothing(untied_source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        # As the tokenizers package says it.
+        Exception("No space left on device (os error 28)"),
+    ],
+)
+def test_an_error_while_writing_leaves_nothing(
+    untied_source, tmp_path, monkeypatch, error
+):
     def save(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(pipeline.utils, "save", save)
     words = ["--hf-path", str(untied_source), "--mlx-path", str(tmp_path / "target")]
