@@ -416,6 +416,8 @@ def main(folder, texts, prompts_path, json_path, plot_path, **options) -> None:
     """
     if message := hint():
         click.echo(message, err=True)
+    # MLX would round float32 products to 10 bits where the device has them.
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
     with one_line_errors():
         check_outputs({"--json": json_path, "--plot": plot_path})
         prompts = [] if prompts_path is None else read_prompts(prompts_path)

@@ -364,8 +364,8 @@ def _assert_whole(folder: Path) -> None:
 
 
 def kill(n: int, first_seed: int = 0) -> Counter:
-    """Kill n conversions in the middle, at random moments. No target is left, or a whole one; the next
-    conversion works and takes away what the killed one left."""
+    """Kill n conversions in the middle, at random moments. No target is left, or a
+    whole one; the next conversion works and takes away what the killed one left."""
     counts: Counter = Counter()
     with tempfile.TemporaryDirectory() as place:
         source = small_models.write("llama", Path(place, "source"), VOCAB)
