@@ -241,9 +241,7 @@ def test_bad_models(tied_source, tied_folder, tmp_path):
 def test_without_matplotlib(tied_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr(
-        "mlx_flashhead.benchmarking.report.find_spec", lambda name: None
-    )
+    monkeypatch.setattr("mlx_flashhead.outputs.find_spec", lambda name: None)
     result = invoke("--model", tied_folder, "--plot", tmp_path / "a.png")
     assert result.exit_code and "pip install matplotlib" in result.output
 
