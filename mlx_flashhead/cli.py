@@ -19,7 +19,7 @@ def one_line_errors() -> Iterator[None]:
         raise click.ClickException(reason[:600]) from e
 
 
-class Listed(click.ParamType):
+class Listed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions
     """Values with commas between them."""
 
     name = "a,b,..."
@@ -27,7 +27,9 @@ class Listed(click.ParamType):
     def __init__(self, read: Callable[[str], Any]):
         self._read = read
 
-    def convert(self, value, param, ctx):
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Any:
         if not isinstance(value, str):
             return value
         try:

@@ -337,7 +337,7 @@ class Comparison:
 def ladder(head: FlashHead) -> list[int]:
     """LADDER times the stored number of probes, as far as it makes sense: no more than
     there are clusters, and twice those that are probed always, or more."""
-    always = int((head.spread >= ALWAYS / 2).sum().item())
+    always = int(np.sum(np.array(head.spread) >= ALWAYS / 2))
     steps = {min(int(head.n_probes * x), head.n_clusters) for x in LADDER}
     return sorted({head.n_probes} | {p for p in steps if p >= max(1, 2 * always)})
 

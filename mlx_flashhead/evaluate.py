@@ -53,7 +53,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def evaluate(
     }
 
 
-def _bar(total: int, unit: str, verbose: bool) -> tqdm:
+def _bar(total: int, unit: str, verbose: bool) -> tqdm[Any]:
     return tqdm(total=total, unit=unit, disable=not verbose, dynamic_ncols=True)
 
 
@@ -203,7 +203,7 @@ def _read(path: str | Path) -> str:
         raise ValueError(f"{path}: {e.strerror or 'cannot be read'}") from None
 
 
-def _encode(tokenizer, text: str, tokens: int, path: str | Path) -> list[int]:
+def _encode(tokenizer: Any, text: str, tokens: int, path: str | Path) -> list[int]:
     """Ids of a text: one before the first state, and one after the last."""
     ids = tokenizer.encode(text)[: tokens + 2]
     if len(ids) < 3:
@@ -332,7 +332,9 @@ def plot(result: dict[str, Any], path: str | Path, title: str) -> None:
         strict=True,
     ):
 
-        def values(figures, heads, key=key):
+        def values(
+            figures: dict[str, Any], heads: list[dict[str, Any]], key: str = key
+        ) -> list[float]:
             scale = 100 if key == "recall" else 1
             return [scale * figures["heads"][h["name"]][key] for h in heads]
 
@@ -365,7 +367,7 @@ def plot(result: dict[str, Any], path: str | Path, title: str) -> None:
     figure.savefig(path, dpi=160)
 
 
-def _write(path: str, save) -> None:
+def _write(path: str, save: Callable[[Path], object]) -> None:
     """Write a file whole: ``save(other)`` makes it aside."""
     target = Path(path)
     aside = target.with_name(f".{os.getpid()}.{target.name}")
@@ -408,7 +410,14 @@ def _write(path: str, save) -> None:
 )
 @click.option("--json", "json_path", help="Write the figures here, too.")
 @click.option("--plot", "plot_path", help="Draw recall and KL against bytes here.")
-def main(folder, texts, prompts_path, json_path, plot_path, **options) -> None:
+def main(
+    folder: str,
+    texts: tuple[str, ...],
+    prompts_path: str | None,
+    json_path: str | None,
+    plot_path: str | None,
+    **options: Any,
+) -> None:
     """Compare FlashHead and dense quantized heads with the unquantized head.
 
     \b

@@ -120,8 +120,8 @@ def measure(
     order = row_order(head)
     reference = Logits(head, weight[order], None if bias is None else bias[order])
     stored = stored_logits(head)
-    parts: list = []
-    by_temperature: dict[float, list] = {t: [] for t in temperatures}
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    by_temperature: dict[float, list[list[np.ndarray]]] = {t: [] for t in temperatures}
     for s in blocks(len(states), len(order)):
         h = states[s]
         true, own, scores = reference(h), stored(h), head.centroid_logits(mx.array(h))
@@ -140,7 +140,8 @@ def measure(
     at = {}
     for t, rows in by_temperature.items():
         mass, *rest = (np.concatenate(p) for p in zip(*rows, strict=True))
-        at[t] = Distribution(mass, tuple(rest[:3]), *rest[3:])
+        a, log_probed, log_tail, *more = rest
+        at[t] = Distribution(mass, (a, log_probed, log_tail), *more)
     recall, agreement = (np.concatenate(p) for p in zip(*parts, strict=True))
     return Fidelity(recall, agreement, at)
 

@@ -39,19 +39,18 @@ class Product:
     """
 
     def __init__(self, rows: np.ndarray | Table):
-        self._table = self._right = None
         if on_gpu():
             array = isinstance(rows, np.ndarray)
-            self._table = Table(mx.array(rows), bits=32) if array else rows
-        elif isinstance(rows, np.ndarray):
-            self._right = rows.T
+            self._rows = Table(mx.array(rows), bits=32) if array else rows
+        elif isinstance(rows, Table):
+            self._rows = np.asarray(rows.dequantize(mx.float32))
         else:
-            self._right = np.asarray(rows.dequantize(mx.float32)).T
+            self._rows = rows
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        if self._table is None:
-            return x @ self._right
-        return np.array(self._table.matmul(mx.array(x)).astype(mx.float32))
+        if isinstance(self._rows, Table):
+            return np.array(self._rows.matmul(mx.array(x)).astype(mx.float32))
+        return x @ self._rows.T
 
 
 def blocks(n: int, width: int) -> Iterator[slice]:

@@ -103,15 +103,15 @@ class Table(nn.Module):
         products multiply with."""
         if not self.quantized:
             return self.weight if dtype is None else self.weight.astype(dtype)
-        weight, *rest = self._packed()
-        if dtype is not None and dtype == mx.float32:
+        weight, scales, biases = self._packed()
+        if dtype is not None and dtype == mx.float32 and self.mode == "affine":
             # MLX would compute in the dtype of the scales, then cast.
-            rest = [
-                a if a is None or a.dtype == mx.uint8 else a.astype(dtype) for a in rest
-            ]
+            scales = scales.astype(dtype)
+            biases = None if biases is None else biases.astype(dtype)
         return mx.dequantize(
             weight,
-            *rest,
+            scales,
+            biases,
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
