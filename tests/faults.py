@@ -259,7 +259,9 @@ MUTATIONS = [
 def answers(model) -> tuple[np.ndarray, list[int]]:
     """Logits of a prompt, and the tokens that follow it."""
     logits = np.array(model(PROMPT).astype(mx.float32))
-    steps = mlx_lm.generate.__globals__["generate_step"](PROMPT[0], model, max_tokens=6)
+    from mlx_lm.generate import generate_step
+
+    steps = generate_step(PROMPT[0], model, max_tokens=6)
     return logits, [int(token) for token, _ in steps]
 
 
@@ -472,6 +474,7 @@ def decode_long(n: int, sampler=None) -> Counter:
     """Decode n tokens with a rotating cache: MLX's memory, and the process's, at a fifth
     of the way and at the end."""
     from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import RotatingKVCache
     from mlx_lm.sample_utils import make_sampler
 
     counts: Counter = Counter()
@@ -481,7 +484,7 @@ def decode_long(n: int, sampler=None) -> Counter:
             PROMPT[0],
             model,
             max_tokens=n,
-            max_kv_size=256,
+            prompt_cache=[RotatingKVCache(256, keep=4) for _ in model.layers],
             sampler=make_sampler(1.0, top_p=0.95) if sampler else None,
         )
         assert decode.head_of(model) is not None
