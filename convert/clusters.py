@@ -81,7 +81,8 @@ def read_clusters(name: str, vocab_size: int, hidden_size: int) -> np.ndarray:
         )
     if not mx.issubdtype(assigned.dtype, mx.integer):
         raise ClustersError(
-            f"--clusters: {file}: cluster_assignments are {assigned.dtype}, not integers"
+            f"--clusters: {file}: cluster_assignments are {assigned.dtype}, "
+            "not integers"
         )
     try:
         return _owners(np.array(assigned), len(centroids), vocab_size)
@@ -169,9 +170,8 @@ def pack_clusters(
 
 
 def _pack(x, owner, m: int, seed: int, progress: Progress) -> np.ndarray:
-    """Members ``[C, m]`` of each cluster as rows of x; ``len(x)`` is padding, at the end
-    of the last one."""
-    n = len(x)
+    """Members ``[C, m]`` of each cluster as rows of x; ``len(x)`` is padding, at the
+    end of the last one."""
     order = np.argsort(owner, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(owner[order])) + 1)
     full, parts = [], []
@@ -194,7 +194,7 @@ def _pack(x, owner, m: int, seed: int, progress: Progress) -> np.ndarray:
 
 def _fill(x: np.ndarray, parts: list[np.ndarray], m: int) -> list[np.ndarray]:
     """Make full clusters of parts of fewer than m rows: the largest take in the rows of
-    the others, each row the nearest that has room. Padding, ``len(x)``, ends the last."""
+    the others, each row the nearest that has room. Padding ends the last."""
     total = sum(map(len, parts))
     n_clusters = -(-total // m)
     if not n_clusters:

@@ -1,4 +1,4 @@
-"""A small Hugging Face hub on this machine: what its own client needs of the HTTP API to
+"""A small Hugging Face hub on this machine: what its client needs of the HTTP API to
 make a repository, upload to it in commits, and download a revision."""
 
 from __future__ import annotations
@@ -182,7 +182,9 @@ class _Handler(BaseHTTPRequestHandler):
                 del content[value["path"]]
         sha = repo.commit(content)
         url = f"{self.hub.url}/{repo_id}"
-        self.answer({"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}"})
+        self.answer(
+            {"success": True, "commitOid": sha, "commitUrl": f"{url}/commit/{sha}"}
+        )
 
     def info(self, repo_id, revision=None):
         if (repo := self.repo(repo_id)) is None:
@@ -191,7 +193,13 @@ class _Handler(BaseHTTPRequestHandler):
             return self.fail(404, "RevisionNotFound")
         sha, content = found
         self.answer(
-            {"id": repo_id, "modelId": repo_id, "sha": sha, "private": False, "tags": []}
+            {
+                "id": repo_id,
+                "modelId": repo_id,
+                "sha": sha,
+                "private": False,
+                "tags": [],
+            }
             | {"siblings": [{"rfilename": name} for name in content], "downloads": 0}
         )
 

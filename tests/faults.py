@@ -295,7 +295,7 @@ def mutate(n: int, first_seed: int = 0) -> Counter:
 
 def _outcome(folder: Path, wanted, what: str) -> str:
     try:
-        model, tokenizer = load(folder)
+        model, _ = load(folder)
         found = answers(model)
     except (ValueError, OSError) as e:
         message = str(e)
@@ -366,8 +366,8 @@ def _assert_whole(folder: Path) -> None:
 
 
 def kill(n: int, first_seed: int = 0) -> Counter:
-    """Kill n conversions in the middle, at random moments. No target is left, or a whole one; the next
-    conversion works and takes away what the killed one left."""
+    """Kill n conversions in the middle, at random moments. No target is left, or a
+    whole one; the next conversion works and takes away what the killed one left."""
     counts: Counter = Counter()
     with tempfile.TemporaryDirectory() as place:
         source = small_models.write("llama", Path(place, "source"), VOCAB)
@@ -471,8 +471,8 @@ def resident() -> int:
 
 
 def decode_long(n: int, sampler=None) -> Counter:
-    """Decode n tokens with a rotating cache: MLX's memory, and the process's, at a fifth
-    of the way and at the end."""
+    """Decode n tokens with a rotating cache: MLX's memory, and the process's, at a
+    fifth of the way and at the end."""
     from mlx_lm.generate import generate_step
     from mlx_lm.models.cache import RotatingKVCache
     from mlx_lm.sample_utils import make_sampler
@@ -502,8 +502,8 @@ def decode_long(n: int, sampler=None) -> Counter:
 
 
 def serve(n_clients: int, rounds: int) -> Counter:
-    """Streaming clients at once, a third cut off in the middle: those that stay get what
-    they get alone, and the server holds no more threads, files or memory."""
+    """Streaming clients at once, a third cut off in the middle: those that stay get
+    what they get alone, and the server holds no more threads, files or memory."""
     from test_server import serving, streamed
 
     counts: Counter = Counter()
@@ -601,7 +601,7 @@ def fuzz(seconds: float, first_seed: int = 0) -> Counter:
 
 
 def _damage(data: bytes, rng: random.Random, end: int) -> bytes:
-    """Bytes changed, cut out, doubled or replaced by numbers that are often dangerous."""
+    """Bytes changed, cut out, doubled or replaced by dangerous numbers."""
     out = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 5])):
         i = rng.randrange(min(end, len(out)) or 1)
@@ -610,7 +610,9 @@ def _damage(data: bytes, rng: random.Random, end: int) -> bytes:
             out[i : i + 1] = bytes([rng.randrange(256)])
         elif way == 1:
             size = rng.choice([4, 8])
-            value = rng.choice([0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1])
+            value = rng.choice(
+                [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1]
+            )
             out[i : i + size] = (value % 256**size).to_bytes(size, "little")
         elif way == 2:
             del out[i : i + rng.randrange(1, 40)]
@@ -682,8 +684,10 @@ def _fuzz_folder(place: Path):
 
 _values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 
@@ -754,25 +758,27 @@ def _fuzz_clusters(place: Path):
 # ---------------------------------------------------------------------------
 
 
+KINDS = {
+    "mutate": lambda n, seed: mutate(n or 1000, seed),
+    "kill": lambda n, seed: kill(n or 50, seed),
+    "disk": lambda n, seed: fill_disk(n or 20, seed),
+    "race": lambda n, _: race(n or 10),
+    "decode": lambda n, _: decode_long(n or 10_000),
+    "sample": lambda n, _: decode_long(n or 10_000, True),
+    "serve": lambda n, _: serve(32, n or 5),
+    "fuzz": lambda n, seed: fuzz(n or 600, seed),
+}
+
+
 @click.command()
-@click.argument("kind", type=click.Choice(
-    ["mutate", "kill", "disk", "race", "decode", "sample", "serve", "fuzz"]))  # fmt: skip
+@click.argument("kind", type=click.Choice(list(KINDS)))
 @click.option("-n", type=int, help="How many; seconds of fuzzing.")
 @click.option("--seed", "first_seed", default=0)
 def main(kind: str, n: int | None, first_seed: int) -> None:
     """Do one kind of harm many times and print what came of it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.perf_counter()
-    counts = {
-        "mutate": lambda: mutate(n or 1000, first_seed),
-        "kill": lambda: kill(n or 50, first_seed),
-        "disk": lambda: fill_disk(n or 20, first_seed),
-        "race": lambda: race(n or 10),
-        "decode": lambda: decode_long(n or 10_000),
-        "sample": lambda: decode_long(n or 10_000, True),
-        "serve": lambda: serve(32, n or 5),
-        "fuzz": lambda: fuzz(n or 600, first_seed),
-    }[kind]()
+    counts = KINDS[kind](n, first_seed)
     for name, value in sorted(counts.items()):
         print(f"{kind:8}{name:44}{value:>14,}")
     print(f"{kind:8}{'seconds':44}{time.perf_counter() - start:>14.0f}")

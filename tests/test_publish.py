@@ -138,7 +138,9 @@ def test_there_and_back(hub, machine, tmp_path, tied_source):
     assert "RepositoryNotFound" in failed
 
 
-def test_an_upload_replaces_what_mlx_lm_would_load(hub, machine, tmp_path, untied_source):
+def test_an_upload_replaces_what_mlx_lm_would_load(
+    hub, machine, tmp_path, untied_source
+):
     old = {"model-00001-of-00002.safetensors": b"old", "LICENSE": b"mine"}
     hub.add("someone/made", old | {"model.safetensors.index.json": b"old"})
     words = ("--hf-path", untied_source, "--mlx-path", tmp_path / "made")
