@@ -194,8 +194,7 @@ def _pack(x, owner, m: int, seed: int, progress: Progress) -> np.ndarray:
 
 def _fill(x: np.ndarray, parts: list[np.ndarray], m: int) -> list[np.ndarray]:
     """Make full clusters of parts of fewer than m rows: the largest take in the rows of
-    the others, each row the nearest that has room. Padding, ``len(x)``, ends the
-    last."""
+    the others, each row the nearest that has room. Padding ends the last."""
     total = sum(map(len, parts))
     n_clusters = -(-total // m)
     if not n_clusters:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
+
+from mlx_flashhead import __version__
 
 # Of the base model's card, what holds for the converted model, too.
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model")
@@ -132,7 +133,7 @@ def write_card(
     text = _TEXT.format(
         name=name,
         origin=origin or "A language model",
-        version=version("mlx-flashhead"),
+        version=__version__,
         flash_mb=report.flash_bytes / 1e6,
         dense_mb=report.dense_bytes / 1e6,
         dense_bits=report.dense_bits,
@@ -159,8 +160,7 @@ def check_upload(repo: str) -> None:
     except (HfHubHTTPError, OSError, ValueError) as e:
         raise PublishError(
             f"--upload-repo {repo}: the Hugging Face hub does not know you; log in "
-            "with "
-            f"'hf auth login' or set HF_TOKEN ({_line(e)})"
+            f"with 'hf auth login' or set HF_TOKEN ({_line(e)})"
         ) from e
 
 

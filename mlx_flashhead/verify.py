@@ -176,8 +176,7 @@ def check_unchanged(folder: str | Path, section: dict[str, Any], table: Table) -
     if section.get("sha256") != section_sha256(section):
         raise FormatError(
             f"{folder}/config.json: the 'flashhead' section was edited or damaged; "
-            "convert the model again (another number of probes is an option of "
-            "loading, "
+            "convert the model again (for another number of probes, load it with "
             "n_probes or --n-probes)"
         )
     expected = section.get("files")

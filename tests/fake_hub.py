@@ -1,5 +1,4 @@
-"""A small Hugging Face hub on this machine: what its own client needs of the HTTP API
-to
+"""A small Hugging Face hub on this machine: what its client needs of the HTTP API to
 make a repository, upload to it in commits, and download a revision."""
 
 from __future__ import annotations

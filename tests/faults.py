@@ -259,7 +259,9 @@ MUTATIONS = [
 def answers(model) -> tuple[np.ndarray, list[int]]:
     """Logits of a prompt, and the tokens that follow it."""
     logits = np.array(model(PROMPT).astype(mx.float32))
-    steps = mlx_lm.generate.__globals__["generate_step"](PROMPT[0], model, max_tokens=6)
+    from mlx_lm.generate import generate_step
+
+    steps = generate_step(PROMPT[0], model, max_tokens=6)
     return logits, [int(token) for token, _ in steps]
 
 
@@ -293,7 +295,7 @@ def mutate(n: int, first_seed: int = 0) -> Counter:
 
 def _outcome(folder: Path, wanted, what: str) -> str:
     try:
-        model, tokenizer = load(folder)
+        model, _ = load(folder)
         found = answers(model)
     except (ValueError, OSError) as e:
         message = str(e)
@@ -470,9 +472,9 @@ def resident() -> int:
 
 def decode_long(n: int, sampler=None) -> Counter:
     """Decode n tokens with a rotating cache: MLX's memory, and the process's, at a
-    fifth
-    of the way and at the end."""
+    fifth of the way and at the end."""
     from mlx_lm.generate import generate_step
+    from mlx_lm.models.cache import RotatingKVCache
     from mlx_lm.sample_utils import make_sampler
 
     counts: Counter = Counter()
@@ -482,7 +484,7 @@ def decode_long(n: int, sampler=None) -> Counter:
             PROMPT[0],
             model,
             max_tokens=n,
-            max_kv_size=256,
+            prompt_cache=[RotatingKVCache(256, keep=4) for _ in model.layers],
             sampler=make_sampler(1.0, top_p=0.95) if sampler else None,
         )
         assert decode.head_of(model) is not None
@@ -501,8 +503,7 @@ def decode_long(n: int, sampler=None) -> Counter:
 
 def serve(n_clients: int, rounds: int) -> Counter:
     """Streaming clients at once, a third cut off in the middle: those that stay get
-    what
-    they get alone, and the server holds no more threads, files or memory."""
+    what they get alone, and the server holds no more threads, files or memory."""
     from test_server import serving, streamed
 
     counts: Counter = Counter()
@@ -600,8 +601,7 @@ def fuzz(seconds: float, first_seed: int = 0) -> Counter:
 
 
 def _damage(data: bytes, rng: random.Random, end: int) -> bytes:
-    """Bytes changed, cut out, doubled or replaced by numbers that are often
-    dangerous."""
+    """Bytes changed, cut out, doubled or replaced by dangerous numbers."""
     out = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 5])):
         i = rng.randrange(min(end, len(out)) or 1)
@@ -758,29 +758,27 @@ def _fuzz_clusters(place: Path):
 # ---------------------------------------------------------------------------
 
 
+KINDS = {
+    "mutate": lambda n, seed: mutate(n or 1000, seed),
+    "kill": lambda n, seed: kill(n or 50, seed),
+    "disk": lambda n, seed: fill_disk(n or 20, seed),
+    "race": lambda n, _: race(n or 10),
+    "decode": lambda n, _: decode_long(n or 10_000),
+    "sample": lambda n, _: decode_long(n or 10_000, True),
+    "serve": lambda n, _: serve(32, n or 5),
+    "fuzz": lambda n, seed: fuzz(n or 600, seed),
+}
+
+
 @click.command()
-@click.argument(
-    "kind",
-    type=click.Choice(
-        ["mutate", "kill", "disk", "race", "decode", "sample", "serve", "fuzz"]
-    ),
-)
+@click.argument("kind", type=click.Choice(list(KINDS)))
 @click.option("-n", type=int, help="How many; seconds of fuzzing.")
 @click.option("--seed", "first_seed", default=0)
 def main(kind: str, n: int | None, first_seed: int) -> None:
     """Do one kind of harm many times and print what came of it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.perf_counter()
-    counts = {
-        "mutate": lambda: mutate(n or 1000, first_seed),
-        "kill": lambda: kill(n or 50, first_seed),
-        "disk": lambda: fill_disk(n or 20, first_seed),
-        "race": lambda: race(n or 10),
-        "decode": lambda: decode_long(n or 10_000),
-        "sample": lambda: decode_long(n or 10_000, True),
-        "serve": lambda: serve(32, n or 5),
-        "fuzz": lambda: fuzz(n or 600, first_seed),
-    }[kind]()
+    counts = KINDS[kind](n, first_seed)
     for name, value in sorted(counts.items()):
         print(f"{kind:8}{name:44}{value:>14,}")
     print(f"{kind:8}{'seconds':44}{time.perf_counter() - start:>14.0f}")
