@@ -104,6 +104,9 @@ def convert(source: str, target: str, stages_path: str) -> None:
     """Convert, and write what each stage took."""
     from mlx_flashhead.convert import pipeline
 
+    from mlx_flashhead.cli import exact_products
+
+    exact_products()
     stages: dict[str, float] = {}
 
     @contextmanager

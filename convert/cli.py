@@ -13,7 +13,7 @@ import click
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
 from mlx_flashhead.blas import hint
-from mlx_flashhead.cli import one_line_errors
+from mlx_flashhead.cli import exact_products, one_line_errors
 
 from .pipeline import GROUP_SIZES, HEAD_BITS, Q_MODES, convert, report_json
 from .recipes import RECIPES
@@ -110,6 +110,7 @@ def main(as_json: bool, **options: Any) -> None:
     """
     if message := hint():
         click.echo(message, err=True)
+    exact_products()
     with one_line_errors(), _leaving_clean():
         report = convert(**options)
     click.echo(report_json(report) if as_json else str(report))

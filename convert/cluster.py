@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_flashhead.linalg import matmul, nearest
+from mlx_flashhead.linalg import group_sums, matmul, nearest, place
 
 from .progress import Progress, silent
 
@@ -131,7 +131,8 @@ def balanced(
         candidates, similarity = _near_clusters(x, centroids, group, progress, stage)
         owner = match(candidates, similarity, room)
         owner = place_leftovers(x, centroids, owner, room)
-        centroids = _means(x, owner, n_clusters)
+        # Too many groups for the GPU's way of summing.
+        centroids = _unit(group_sums(x, owner, n_clusters))
     members = np.full((n_clusters, cluster_size), n)
     order = np.argsort(owner, kind="stable")
     starts = np.concatenate([[0], np.cumsum(room)[:-1]])
@@ -209,7 +210,9 @@ def _hierarchical_start(
         for g in range(n_groups):
             if counts[g]:
                 members = x[group_of == g]
-                centroids.append(_kmeans(members, counts[g], N_FINE_ITERATIONS, rng))
+                centroids.append(
+                    _kmeans(members, int(counts[g]), N_FINE_ITERATIONS, rng)
+                )
             step()
     return np.concatenate(centroids), np.repeat(np.arange(n_groups), counts)
 
@@ -233,10 +236,10 @@ def _kmeans(
     """Plain spherical k-means: unit centroids ``[k, D]`` of unit rows x."""
     # Fewer rows than centroids can happen in a small group: some start twice.
     start = rng.choice(len(x), k, replace=len(x) < k)
-    centroids = x[start]
+    centroids, placed = x[start], place(x)
     for _ in range(n_iterations):
-        owner = nearest(x, centroids, 1)[0][:, 0]
-        means = _means(x, owner, k)
+        owner = nearest(placed, centroids, 1)[0][:, 0]
+        means = _unit(group_sums(placed, owner, k))
         empty = np.bincount(owner, minlength=k) == 0
         means[empty] = x[rng.choice(len(x), empty.sum())]
         centroids = means
@@ -271,15 +274,6 @@ def _near_clusters(
                 candidates[tokens], similarity[tokens] = pool[best], value
             step()
     return candidates, similarity
-
-
-def _means(x: np.ndarray, owner: np.ndarray, n_clusters: int) -> np.ndarray:
-    """Direction of the sum of each cluster's rows ``[C, D]``; 0 where it is empty."""
-    order = np.argsort(owner, kind="stable")
-    present, start = np.unique(owner[order], return_index=True)
-    sums = np.zeros((n_clusters, x.shape[1]), np.float32)
-    sums[present] = np.add.reduceat(x[order], start, axis=0)
-    return _unit(sums)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

@@ -64,7 +64,7 @@ from tqdm import tqdm
 
 from .attach import find_transform
 from .blas import hint
-from .cli import Listed, one_line_errors
+from .cli import Listed, exact_products, one_line_errors
 from .compare import (
     NEAR_TIE,
     Comparison,
@@ -425,8 +425,7 @@ def main(
     """
     if message := hint():
         click.echo(message, err=True)
-    # MLX would round float32 products to 10 bits where the device has them.
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+    exact_products()
     with one_line_errors():
         check_outputs({"--json": json_path, "--plot": plot_path})
         prompts = [] if prompts_path is None else read_prompts(prompts_path)

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from .head import FlashHead
-from .linalg import Product, blocks
+from .linalg import Array, Product, blocks
 from .table import Table
 from .transform import Transform
 
@@ -173,10 +173,10 @@ class Logits:
         self._shape = head.n_clusters, head.cluster_size
         self._vocab_size = head.vocab_size
 
-    def __call__(self, states: np.ndarray) -> np.ndarray:
+    def __call__(self, states: np.ndarray) -> Array:
         y = self._product(states)
         if self._bias is not None:
-            y += self._bias
+            y += _like(y, self._bias)
         y = self._transform(y)
         # Padding stands at the end.
         y[:, self._vocab_size :] = PADDING
@@ -204,24 +204,23 @@ class Truth:
 
     Attributes:
         logits: float32 ``[n, C, m]``.
-        best: Where its best token stands in cluster order, ``[n]``.
+        best: Where its best token stands in cluster order, int64 ``[n]``.
     """
 
-    def __init__(self, logits: np.ndarray):
+    def __init__(self, logits: Array):
         self.logits = logits
-        self.best = logits.reshape(len(logits), -1).argmax(-1)
+        self.best = np.asarray(_flat(logits).argmax(-1)).astype(np.int64)
 
     @cached_property
-    def _softmax(self) -> tuple[np.ndarray, np.ndarray]:
+    def _softmax(self) -> tuple[Array, np.ndarray]:
         top = self.logits.max((1, 2), keepdims=True)
-        p = self.logits - top
-        np.exp(p, out=p)
-        total = p.sum((1, 2), dtype=np.float64)
-        p /= total.astype(np.float32)[:, None, None]
-        return p, top[:, 0, 0] + np.log(total)
+        p = _exp(self.logits - top)
+        total = np.asarray(_sums(p), np.float64)
+        p /= _like(p, total.astype(np.float32)[:, None, None])
+        return p, np.asarray(top)[:, 0, 0] + np.log(total)
 
     @property
-    def p(self) -> np.ndarray:
+    def p(self) -> Array:
         """Probabilities, float32 ``[n, C, m]``."""
         return self._softmax[0]
 
@@ -233,22 +232,17 @@ class Truth:
     @cached_property
     def cluster_p(self) -> np.ndarray:
         """Probability of each cluster, float64 ``[n, C]``; the sum is 1."""
-        p = self.p.sum(-1).astype(np.float64)
+        p = np.asarray(self.p.sum(-1)).astype(np.float64)
         return p / p.sum(-1, keepdims=True)
 
     def log_p(self, positions: np.ndarray) -> np.ndarray:
         """Log-probability of one token each, given where it stands in cluster order,
         ``[n]``."""
-        rows = np.arange(len(self.logits))
-        return self.logits.reshape(len(rows), -1)[rows, positions] - self.log_z
+        return _at(self.logits, positions) - self.log_z
 
     def gap(self, positions: np.ndarray) -> np.ndarray:
         """By how much the best logit exceeds that of one token each, ``[n]``."""
-        flat, rows = (
-            self.logits.reshape(len(self.logits), -1),
-            np.arange(len(positions)),
-        )
-        return flat[rows, self.best] - flat[rows, positions]
+        return _at(self.logits, self.best) - _at(self.logits, positions)
 
     def recall(self, probed: np.ndarray) -> np.ndarray:
         """Whether the best token's cluster is probed, bool ``[n]``."""
@@ -261,9 +255,11 @@ class Truth:
         clusters with the largest maxima."""
         n, c, m = self.logits.shape
         k = min(TOP, c)
-        clusters = np.argpartition(self.logits.max(-1), c - k, axis=-1)[:, c - k :]
-        among = np.take_along_axis(self.logits, clusters[..., None], 1).reshape(n, -1)
-        k = min(TOP, int((self.logits[0] > PADDING / 2).sum()))
+        tops = np.asarray(self.logits.max(-1))
+        clusters = np.argpartition(tops, c - k, axis=-1)[:, c - k :]
+        positions = (clusters[..., None] * m + np.arange(m)).reshape(n, -1)
+        among = _at(self.logits, positions)
+        k = min(TOP, int((np.asarray(self.logits[0]) > PADDING / 2).sum()))
         tokens = np.argpartition(among, among.shape[1] - k, axis=-1)[:, -k:]
         return np.take_along_axis(clusters, tokens // m, axis=1)
 
@@ -282,27 +278,27 @@ class Found:
         log_masses: Log of each cluster's sum of ``exp(logit)``, ``[n, C]``.
     """
 
-    def __init__(self, logits: np.ndarray):
+    def __init__(self, logits: Array):
         self.logits = logits
 
     @cached_property
     def top(self) -> np.ndarray:
-        return self.logits.max(-1)
+        return np.asarray(self.logits.max(-1))
 
     @cached_property
-    def shares(self) -> np.ndarray:
-        shares = self.logits - self.top[..., None]
-        return np.exp(shares, out=shares)
+    def shares(self) -> Array:
+        return _exp(self.logits - _like(self.logits, self.top[..., None]))
 
     @cached_property
     def log_masses(self) -> np.ndarray:
-        return self.top + np.log(self.shares.sum(-1))
+        return self.top + np.log(np.asarray(self.shares.sum(-1)))
 
     def best(self, probed: np.ndarray) -> np.ndarray:
         """Where the best token of what is probed stands in cluster order, ``[n]``."""
-        rows, m = np.arange(len(self.logits)), self.logits.shape[-1]
-        cluster = np.where(probed, self.top, -np.inf).argmax(-1)
-        return cluster * m + self.logits[rows, cluster].argmax(-1)
+        m = self.logits.shape[-1]
+        start = np.where(probed, self.top, -np.inf).argmax(-1) * m
+        inside = _at(self.logits, start[:, None] + np.arange(m))
+        return start + inside.argmax(-1)
 
 
 class Implied:
@@ -343,7 +339,7 @@ class Implied:
     def kl_terms(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         truth = self._truth
         gap = truth.logits - self._found.logits
-        a = np.einsum("ncm,ncm->n", truth.p, gap).astype(np.float64)
+        a = _inner(truth.p, gap).sum(-1, dtype=np.float64)
         a -= np.sum(truth.cluster_p * self._lift, -1) + truth.log_z
         return a, self._log_probed, self._log_tail
 
@@ -354,26 +350,69 @@ class Implied:
     def total_variation(self) -> np.ndarray:
         """``sum |p - q| / 2``, ``[n]``."""
         weight = self._found.top + self._lift - self.log_z[:, None]
-        q = self._found.shares * np.exp(weight).astype(np.float32)[..., None]
-        q -= self._truth.p
-        return np.abs(q, out=q).sum((1, 2), dtype=np.float64) / 2
+        shares = self._found.shares
+        q = shares * _like(shares, np.exp(weight).astype(np.float32)[..., None])
+        return np.asarray(_sums(_abs(q - self._truth.p)), np.float64) / 2
 
     def log_q(self, positions: np.ndarray) -> np.ndarray:
         """Log-probability of one token each, given where it stands in cluster order,
         ``[n]``."""
-        n, _, m = self._found.logits.shape
-        rows, clusters = np.arange(n), positions // m
-        logits = self._found.logits[rows, clusters, positions % m]
-        return logits + self._lift[rows, clusters] - self.log_z
+        clusters = positions // self._found.logits.shape[-1]
+        lift = np.take_along_axis(self._lift, clusters[:, None], axis=1)[:, 0]
+        return _at(self._found.logits, positions) + lift - self.log_z
 
     def equal_shares(self) -> np.ndarray:
         """See :class:`Distribution`."""
         found, truth = self._found, self._truth
-        sizes = (truth.logits[0] > PADDING / 2).sum(-1)
-        logits = np.maximum(found.logits, -1e4)
-        expected = np.einsum("ncm,ncm->nc", truth.p, logits)
+        sizes = (np.asarray(truth.logits[0]) > PADDING / 2).sum(-1)
+        expected = _inner(truth.p, found.logits)
         equal = expected - truth.cluster_p * (found.log_masses - np.log(sizes))
         return np.sum(equal, -1, where=~self._probed)
+
+
+# ---- of large arrays, NumPy's or MLX's ----------------------------------------------
+
+
+def _like(x: Array, a: np.ndarray) -> Array:
+    return mx.array(a) if isinstance(x, mx.array) else a
+
+
+def _flat(x: Array) -> Array:
+    return x.reshape(len(x), -1)
+
+
+def _at(x: Array, positions: np.ndarray) -> np.ndarray:
+    """Of ``x [n, C, m]`` what stands at ``positions [n]`` or ``[n, k]``."""
+    index = positions.reshape(len(positions), -1)
+    flat = _flat(x)
+    if isinstance(flat, mx.array):
+        taken = np.asarray(mx.take_along_axis(flat, mx.array(index), axis=1))
+    else:
+        taken = np.take_along_axis(flat, index, axis=1)
+    return taken.reshape(positions.shape)
+
+
+def _exp(x: Array) -> Array:
+    """Exponentials, in x's memory where that saves the time for more."""
+    return mx.exp(x) if isinstance(x, mx.array) else np.exp(x, out=x)
+
+
+def _abs(x: Array) -> Array:
+    return mx.abs(x) if isinstance(x, mx.array) else np.abs(x, out=x)
+
+
+def _sums(x: Array) -> Array:
+    """The sum of each ``x[i]``."""
+    if isinstance(x, mx.array):
+        return x.sum((1, 2))
+    return x.sum((1, 2), dtype=np.float64)
+
+
+def _inner(a: Array, b: Array) -> np.ndarray:
+    """The sum over each cluster's tokens of ``a * b``, ``[n, C]``."""
+    if isinstance(a, mx.array):
+        return np.asarray((a * b).sum(-1))
+    return np.einsum("ncm,ncm->nc", a, b)
 
 
 def _logsumexp(x: np.ndarray) -> np.ndarray:

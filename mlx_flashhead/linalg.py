@@ -10,6 +10,9 @@ import numpy as np
 
 from .table import Table
 
+# Large arrays are where they were computed, small ones NumPy's.
+Array = np.ndarray | mx.array
+
 # Entries of one block of similarities or logits: 128 MiB of float32.
 BLOCK = 1 << 25
 # Its rows at most: MLX's CUDA back-end cannot sort more at once.
@@ -20,7 +23,7 @@ def on_gpu() -> bool:
     return mx.default_device() == mx.Device(mx.gpu)
 
 
-def product(a: np.ndarray, b: np.ndarray) -> np.ndarray | mx.array:
+def product(a: np.ndarray, b: np.ndarray) -> Array:
     """``a [n, k] @ b [k, m]`` in float32, left where it was computed."""
     return mx.array(a) @ mx.array(b) if on_gpu() else a @ b
 
@@ -30,9 +33,35 @@ def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array(product(a, b)) if on_gpu() else a @ b
 
 
+def place(a: np.ndarray) -> Array:
+    """The array where large products of it are computed."""
+    return mx.array(a) if on_gpu() else a
+
+
+def group_sums(x: Array, group: np.ndarray, n_groups: int) -> np.ndarray:
+    """The sum of each group's rows, float32 ``[n_groups, D]``.
+
+    Args:
+        x: float32 ``[n, D]``, where :func:`place` has put it.
+        group: That of each row, ints ``[n]``.
+    """
+    sums = np.zeros((n_groups, x.shape[1]), np.float32)
+    if isinstance(x, mx.array):
+        # A product, for additions in no fixed order would not repeat.
+        names, total = mx.arange(n_groups)[:, None], mx.array(sums)
+        for s in blocks(len(x), n_groups):
+            total += (mx.array(group[s])[None] == names).astype(x.dtype) @ x[s]
+        return np.array(total)
+    order = np.argsort(group, kind="stable")
+    present, start = np.unique(group[order], return_index=True)
+    sums[present] = np.add.reduceat(x[order], start, axis=0)
+    return sums
+
+
 class Product:
     """``x [n, D]`` times every row of a matrix ``[N, D]``, for x after x, float32
-    ``[n, N]``. On a CPU the rows of a table are dequantized once.
+    ``[n, N]``, left where it was computed. On a CPU the rows of a table are
+    dequantized once.
 
     Args:
         rows: float32 array, or a :class:`~mlx_flashhead.table.Table`.
@@ -47,9 +76,9 @@ class Product:
         else:
             self._rows = rows
 
-    def __call__(self, x: np.ndarray) -> np.ndarray:
+    def __call__(self, x: np.ndarray) -> Array:
         if isinstance(self._rows, Table):
-            return np.array(self._rows.matmul(mx.array(x)).astype(mx.float32))
+            return self._rows.matmul(mx.array(x)).astype(mx.float32)
         return x @ self._rows.T
 
 
@@ -60,13 +89,11 @@ def blocks(n: int, width: int) -> Iterator[slice]:
         yield slice(start, min(n, start + step))
 
 
-def nearest(
-    x: np.ndarray, centroids: np.ndarray, k: int
-) -> tuple[np.ndarray, np.ndarray]:
+def nearest(x: Array, centroids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k centroids with the largest inner product with each row of x.
 
     Args:
-        x: float32 ``[n, D]``.
+        x: float32 ``[n, D]``, where :func:`place` has put it or not.
         centroids: float32 ``[C, D]``, with C >= k.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import mlx.core as mx
 import numpy as np
 
-Logits = TypeVar("Logits", mx.array, np.ndarray)
+Logits = TypeVar("Logits", mx.array, np.ndarray, np.ndarray | mx.array)
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Transform:
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap is not None:
-            tanh = np.tanh if isinstance(logits, np.ndarray) else mx.tanh
-            logits = self.softcap * tanh(logits / self.softcap)
+            x = logits / self.softcap
+            x = np.tanh(x) if isinstance(x, np.ndarray) else mx.tanh(x)
+            logits = self.softcap * x
         return logits
 
     def inverse(self, logits: mx.array) -> mx.array:

@@ -14,7 +14,7 @@ from mlx_flashhead.convert.pipeline import build_head
 from mlx_flashhead.convert.recipes import RECIPES
 from small_heads import implied, unpack
 
-from mlx_flashhead import FlashHead
+from mlx_flashhead import FlashHead, linalg
 from mlx_flashhead.fidelity import measure, n_blocks
 from mlx_flashhead.head import ALWAYS
 from mlx_flashhead.table import Table
@@ -197,7 +197,13 @@ def one_by_one(head: FlashHead, states: np.ndarray, f) -> np.ndarray:
     return np.concatenate([f(head, states[i : i + 2]) for i in starts])
 
 
-def test_measure_equals_a_naive_comparison(case):
+@pytest.fixture(params=["numpy", "mlx"])
+def arrays(request, monkeypatch):
+    """Large arrays in NumPy's hands, as on a CPU, or MLX's, as on a GPU."""
+    monkeypatch.setattr(linalg, "on_gpu", lambda: request.param == "mlx")
+
+
+def test_measure_equals_a_naive_comparison(case, arrays):
     head = case.head()
     assert head.rows_read(2) < V
     logits = case.logits(case.fresh)
@@ -225,7 +231,9 @@ def test_measure_equals_a_naive_comparison(case):
 
 
 @pytest.mark.parametrize("temperature", [0.4, 0.9, 1.0, 1.7])
-def test_measure_knows_the_distribution_that_sampling_implies(case, temperature):
+def test_measure_knows_the_distribution_that_sampling_implies(
+    case, arrays, temperature
+):
     head = case.head()
     p = np.exp(log_softmax(case.logits(case.fresh) / temperature))
     q = implied(head, case.fresh, temperature)
@@ -246,8 +254,6 @@ def test_measure_knows_the_distribution_that_sampling_implies(case, temperature)
 
 
 def test_measure_does_not_depend_on_blocks(case, monkeypatch):
-    from mlx_flashhead import linalg
-
     head = case.head()
     whole = measure(head, case.weight, case.fresh, bias=case.bias)
     monkeypatch.setattr(linalg, "BLOCK", 7 * len(case.clusters.token_ids) * M)

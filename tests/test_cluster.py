@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -294,3 +295,15 @@ def test_large_vocabularies_always_probe_the_stop_tokens_only():
     assert len(tokens) == 16
     assert {1, 106} <= set(tokens.tolist())
     assert len(always_tokens(49_152, 16, 192, [2])) == N_FREQUENT
+
+
+@pytest.mark.parametrize("where", [np.asarray, mx.array])
+def test_group_sums(where, monkeypatch):
+    monkeypatch.setattr(linalg, "BLOCK", 60)  # several blocks
+    x = random_rows(100, 7)
+    group = np.random.default_rng(1).integers(0, 10, 100)
+    group[group == 4] = 5  # one is empty
+    sums = linalg.group_sums(where(x), group, 11)
+    wanted = [x[group == i].sum(0, dtype=np.float64) for i in range(11)]
+    assert sums.dtype == np.float32
+    np.testing.assert_allclose(sums, wanted, atol=1e-5)

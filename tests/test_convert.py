@@ -19,7 +19,7 @@ from mlx_lm.utils import load_model
 from small_heads import unpack
 from test_gguf import gguf_tensors, reference_model, write_gguf
 
-from mlx_flashhead import FlashHead, flash_heads, load
+from mlx_flashhead import FlashHead, flash_heads, linalg, load
 from mlx_flashhead.attach import find_head, get_module, head_table
 from mlx_flashhead.files import HEAD_FILE, head_config
 from mlx_flashhead.head import ALWAYS
@@ -400,9 +400,14 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi"])
-def test_the_report_is_true(tmp_path, name):
-    """Measured once more, on the folder as it was saved."""
+@pytest.mark.parametrize(
+    ("name", "on_gpu"),
+    [("llama", False), ("llama", True), ("gemma3_text", False), ("phi", False)],
+)
+def test_the_report_is_true(tmp_path, monkeypatch, name, on_gpu):
+    """Measured once more, on the folder as it was saved. What a GPU does by MLX instead
+    of NumPy, MLX can do on a CPU, too."""
+    monkeypatch.setattr(linalg, "on_gpu", lambda: on_gpu)
     source = small_models.write(name, tmp_path / "source", 1003)
     report, head = make(source, tmp_path / "made", cluster_size=4, n_probes=150)
     assert report.path == str(tmp_path / "made")
