@@ -24,6 +24,7 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm import utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import decode, samplers, verify
 from .attach import HeadNotFound, attach, get_module, head_table
@@ -123,7 +124,9 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
     load_tokenizer = utils.load_tokenizer
 
     @functools.wraps(load_tokenizer)
-    def load_tokenizer_checked(model_path: Path, *args: Any, **kwargs: Any):
+    def load_tokenizer_checked(
+        model_path: Path, *args: Any, **kwargs: Any
+    ) -> TokenizerWrapper:
         with _refusing(model_path):
             return load_tokenizer(model_path, *args, **kwargs)
 

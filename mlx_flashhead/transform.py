@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import overload
 
 import mlx.core as mx
 import numpy as np
-
-Logits = TypeVar("Logits", mx.array, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -26,15 +24,21 @@ class Transform:
 
     @property
     def identity(self) -> bool:
+        """Whether logits stay as they are."""
         return self.scale == 1 and self.softcap is None
 
-    def __call__(self, logits: Logits) -> Logits:
-        """The model's logits, for an ``mx.array`` or ``np.ndarray`` of the head's."""
+    @overload
+    def __call__(self, logits: mx.array) -> mx.array: ...
+    @overload
+    def __call__(self, logits: np.ndarray) -> np.ndarray: ...
+    def __call__(self, logits: mx.array | np.ndarray) -> mx.array | np.ndarray:
+        """The model's logits, for those of the head, of any shape."""
         if self.scale != 1:
             logits = logits * self.scale
-        if self.softcap is not None:
-            tanh = np.tanh if isinstance(logits, np.ndarray) else mx.tanh
-            logits = self.softcap * tanh(logits / self.softcap)
+        if (cap := self.softcap) is not None:
+            if isinstance(logits, np.ndarray):
+                return cap * np.tanh(logits / cap)
+            return cap * mx.tanh(logits / cap)
         return logits
 
     def inverse(self, logits: mx.array) -> mx.array:
