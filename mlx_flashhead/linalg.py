@@ -17,6 +17,7 @@ MAX_ROWS = 65_535
 
 
 def on_gpu() -> bool:
+    """Whether MLX's default device is a GPU, Metal's or CUDA's."""
     return mx.default_device() == mx.Device(mx.gpu)
 
 
@@ -48,6 +49,7 @@ class Product:
             self._rows = rows
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
+        """The products, float32 ``[n, N]``, for ``x [n, D]``."""
         if isinstance(self._rows, Table):
             return np.array(self._rows.matmul(mx.array(x)).astype(mx.float32))
         return x @ self._rows.T
@@ -67,7 +69,8 @@ def nearest(
 
     Args:
         x: float32 ``[n, D]``.
-        centroids: float32 ``[C, D]``, with C >= k.
+        centroids: float32 ``[C, D]``.
+        k: From 1 to C.
 
     Returns:
         Indices int32 and similarities float32, both ``[n, k]``, best first.
