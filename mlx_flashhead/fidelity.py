@@ -175,7 +175,6 @@ class Logits:
         self._vocab_size = head.vocab_size
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
-        """Logits, float32 ``[n, C, m]``, PADDING where there is no token."""
         y = self._product(states)
         if self._bias is not None:
             y += self._bias
@@ -279,6 +278,9 @@ class Found:
 
     Attributes:
         logits: float32 ``[n, C, m]``.
+        top: The best of each cluster, ``[n, C]``.
+        shares: ``exp(logit - top)``, ``[n, C, m]``.
+        log_masses: Log of each cluster's sum of ``exp(logit)``, ``[n, C]``.
     """
 
     def __init__(self, logits: np.ndarray):
@@ -286,18 +288,15 @@ class Found:
 
     @cached_property
     def top(self) -> np.ndarray:
-        """The best logit of each cluster, float32 ``[n, C]``."""
         return self.logits.max(-1)
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """``exp(logit - top)``, float32 ``[n, C, m]``."""
         shares = self.logits - self.top[..., None]
         return np.exp(shares, out=shares)
 
     @cached_property
     def log_masses(self) -> np.ndarray:
-        """Log of each cluster's sum of ``exp(logit)``, float32 ``[n, C]``."""
         return self.top + np.log(self.shares.sum(-1))
 
     def best(self, probed: np.ndarray) -> np.ndarray:
@@ -318,6 +317,7 @@ class Implied:
 
     Attributes:
         probed_mass: The reference's probability of what is probed, ``[n]``.
+        kl_terms: As in :class:`Distribution`.
     """
 
     def __init__(
@@ -343,7 +343,6 @@ class Implied:
 
     @cached_property
     def kl_terms(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As in :class:`Distribution`."""
         truth = self._truth
         gap = truth.logits - self._found.logits
         a = np.einsum("ncm,ncm->n", truth.p, gap).astype(np.float64)

@@ -49,7 +49,6 @@ class Product:
             self._rows = rows
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """The products, float32 ``[n, N]``, for ``x [n, D]``."""
         if isinstance(self._rows, Table):
             return np.array(self._rows.matmul(mx.array(x)).astype(mx.float32))
         return x @ self._rows.T
@@ -69,8 +68,7 @@ def nearest(
 
     Args:
         x: float32 ``[n, D]``.
-        centroids: float32 ``[C, D]``.
-        k: From 1 to C.
+        centroids: float32 ``[C, D]``, with C >= k.
 
     Returns:
         Indices int32 and similarities float32, both ``[n, k]``, best first.

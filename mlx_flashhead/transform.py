@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import overload
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
+
+Logits = TypeVar("Logits", mx.array, np.ndarray, np.ndarray | mx.array)
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,14 @@ class Transform:
         """Whether logits stay as they are."""
         return self.scale == 1 and self.softcap is None
 
-    @overload
-    def __call__(self, logits: mx.array) -> mx.array: ...
-    @overload
-    def __call__(self, logits: np.ndarray) -> np.ndarray: ...
-    def __call__(self, logits: mx.array | np.ndarray) -> mx.array | np.ndarray:
-        """The model's logits, for those of the head, of any shape."""
+    def __call__(self, logits: Logits) -> Logits:
+        """The model's logits, for an ``mx.array`` or ``np.ndarray`` of the head's."""
         if self.scale != 1:
             logits = logits * self.scale
-        if (cap := self.softcap) is not None:
-            if isinstance(logits, np.ndarray):
-                return cap * np.tanh(logits / cap)
-            return cap * mx.tanh(logits / cap)
+        if self.softcap is not None:
+            x = logits / self.softcap
+            x = np.tanh(x) if isinstance(x, np.ndarray) else mx.tanh(x)
+            logits = self.softcap * x
         return logits
 
     def inverse(self, logits: mx.array) -> mx.array:
