@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -68,7 +69,7 @@ def read_clusters(name: str, vocab_size: int, hidden_size: int) -> np.ndarray:
     file = folder / _TENSORS
     try:
         check_safetensors(file)
-        tensors = mx.load(str(file))
+        tensors = cast(dict[str, mx.array], mx.load(str(file)))
     except (ValueError, RuntimeError) as e:
         raise ClustersError(f"--clusters: {' '.join(str(e).split())[:300]}") from None
     if missing := {"centroids", "cluster_assignments"} - tensors.keys():
@@ -91,6 +92,7 @@ def read_clusters(name: str, vocab_size: int, hidden_size: int) -> np.ndarray:
 
 
 def _find(name: str) -> Path:
+    """The folder of published clusters on this machine, downloaded if need be."""
     path = Path(name)
     if not path.exists():
         try:
@@ -109,7 +111,7 @@ def _find(name: str) -> Path:
     )
 
 
-def _read_config(file: Path) -> dict:
+def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as e:
@@ -120,6 +122,13 @@ def _read_config(file: Path) -> dict:
 
 
 def _owners(assigned: np.ndarray, n_clusters: int, vocab_size: int) -> np.ndarray:
+    """Cluster of each token, int64 ``[V]``, from either form of
+    ``cluster_assignments``.
+
+    Raises:
+        ClustersError: They do not name each token once; the message goes on after
+          their name.
+    """
     if assigned.ndim == 1:
         if len(assigned) != vocab_size:
             raise ClustersError(f"has {len(assigned)} tokens, the head {vocab_size}")
@@ -161,6 +170,10 @@ def pack_clusters(
     Args:
         x: Unit directions, float32 ``[V, D]``.
         owner: Cluster of each token, int64 ``[V]``.
+        cluster_size: Tokens per cluster, m.
+        always: Tokens that get clusters of their own, in front.
+        seed: Seed of every random choice.
+        progress: Shows the stages.
     """
 
     def make(rest: np.ndarray) -> np.ndarray:
@@ -169,12 +182,15 @@ def pack_clusters(
     return with_always(len(x), cluster_size, always, make)
 
 
-def _pack(x, owner, m: int, seed: int, progress: Progress) -> np.ndarray:
+def _pack(
+    x: np.ndarray, owner: np.ndarray, m: int, seed: int, progress: Progress
+) -> np.ndarray:
     """Members ``[C, m]`` of each cluster as rows of x; ``len(x)`` is padding, at the
     end of the last one."""
     order = np.argsort(owner, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(owner[order])) + 1)
-    full, parts = [], []
+    full: list[np.ndarray] = []
+    parts: list[np.ndarray] = []
     with progress("Clusters: splitting", len(groups)) as step:
         for rows in groups:
             if len(rows) > m:
@@ -209,10 +225,10 @@ def _fill(x: np.ndarray, parts: list[np.ndarray], m: int) -> list[np.ndarray]:
     kept[-1], over = last[: size[-1]], last[size[-1] :]
     rows = np.concatenate([over, *loose]).astype(np.int64)
     if rows.size:
-        room = size - [len(k) for k in kept]
+        room = size - [len(own) for own in kept]
         k = min(N_CANDIDATES, n_clusters)
         owner = match(*nearest(x[rows], centroids, k), room)
         owner = place_leftovers(x[rows], centroids, owner, room)
-        kept = [np.append(k, rows[owner == i]) for i, k in enumerate(kept)]
+        kept = [np.append(own, rows[owner == i]) for i, own in enumerate(kept)]
     kept[-1] = np.append(kept[-1], [len(x)] * (m - size[-1]))
     return kept

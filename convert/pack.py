@@ -53,9 +53,11 @@ def fitted_centroids(
     Constants are left to the bonus and the excess.
 
     Args:
+        clustering: Which tokens stand together.
         weight: Rows of the head, float32 ``[V, D]``.
         states: Calibration states, float32 ``[n, D]``.
         bias: The head's bias, ``[V]``.
+        progress: Shows the stage.
     """
     centroids = mean_centroids(clustering, weight)
     centred = (states - states.mean(0)).astype(np.float64)
@@ -68,7 +70,9 @@ def fitted_centroids(
     for s, real, logits in masses.logits(
         clustering, weight, right, bias=bias, title=title, progress=progress
     ):
-        lacking = masses.log_mass(logits, real, scratch=logits)
+        # On a GPU the logits are MLX's, which needs no memory to work in.
+        scratch = logits if isinstance(logits, np.ndarray) else None
+        lacking = masses.log_mass(logits, real, scratch=scratch)
         lacking -= matmul(centroids[s], right)
         lacking -= lacking.mean(-1, keepdims=True)
         centroids[s] += matmul(lacking, solve)
@@ -98,11 +102,17 @@ def pack(
     """The clustered head, what its scores lack still zero.
 
     Args:
+        clustering: Which tokens stand together.
         table: The model's head as it is stored, ``[V, D]``. If its bits are the ones
           asked for, its packed rows are only put in another order.
         weight: The same, float32.
+        centroids: Centroid of each cluster, float32 ``[C, D]``.
         bias: The head's bias, ``[V]``.
-        transform: What the model does to its logits.
+        head_bits, centroid_bits: Bits of the rows and of the centroids. 32 is float32,
+            and 16 the head's own dtype, or bfloat16 where that is wider.
+        group_size: Weights per scale where they have 2 to 8 bits.
+        n_probes: Clusters probed per step; by default a sixteenth of them.
+        transform: What the model does to its logits; ``None`` if that is not known.
     """
     c, m = clustering.token_ids.shape
     # Padding repeats a row that exists; it is masked wherever logits are made.
@@ -162,9 +172,15 @@ def calibrate(
 
     Args:
         head: What :func:`pack` gave.
+        clustering: Which tokens stand together.
         weight: Rows of the head, float32 ``[V, D]``.
         states: Calibration states, float32 ``[n, D]``.
+        bias: The head's bias, ``[V]``.
         use_spread: Whether to add the bonus; the paper has none.
+        progress: Shows the stages.
+
+    Returns:
+        A head that shares its tables with the one that was given.
     """
     chosen = np.random.default_rng(0).permutation(len(states))[:N_FIT]
     states = states[np.sort(chosen)]
@@ -225,6 +241,8 @@ def _with(
     excess: np.ndarray,
     tail_offset: Sequence[float],
 ) -> FlashHead:
+    """The same head with ``spread [C]``, ``excess [n_temperatures, C]`` and tail
+    offsets at TEMPERATURES."""
     new = FlashHead(
         head.rows,
         head.centroids,
@@ -242,9 +260,11 @@ def _with(
 
 
 def _starts(clustering: Clustering) -> np.ndarray:
+    """Where each cluster starts in cluster order, ``[C]``."""
     c, m = clustering.token_ids.shape
     return np.arange(c) * m
 
 
 def _sizes(clustering: Clustering) -> np.ndarray:
+    """Tokens in each cluster, ``[C]``: padding does not count."""
     return (clustering.token_ids < clustering.vocab_size).sum(1)

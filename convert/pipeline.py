@@ -57,6 +57,8 @@ class Report:
     Attributes:
         path: The folder.
         vocab_size, hidden_size, n_clusters, cluster_size, n_probes: Sizes.
+        head_bits, centroid_bits: Bits of the FlashHead's rows and centroids.
+        dense_bits: Bits of the dense head in the folder.
         dense_bytes: Head bytes that a decoded token reads with the dense head.
         flash_bytes: The same with the FlashHead.
         rows_read: Share of the vocabulary's rows read per token, centroids included.
@@ -316,8 +318,16 @@ def build_head(
         weight: The unquantized head, float32 ``[V, D]``.
         bias: Its bias, float32 ``[V]``.
         states: Calibration states.
-        transform: What the model does to its logits.
+        recipe: How to cluster.
+        head_bits, group_size, centroid_bits, cluster_size, n_probes, seed: As in
+            :func:`convert`.
+        stop_tokens: Ids of the tokens that end a text.
+        transform: What the model does to its logits; ``None`` if that is not known.
         owner: Cluster of each token, int64 ``[V]``, where that is given.
+        progress: Shows the stages.
+
+    Raises:
+        ConvertError: There are not so many clusters as are to be probed.
     """
     with progress("Clustering: metric", 1) as step:
         factor = None
@@ -326,7 +336,7 @@ def build_head(
         directions = cluster.directions(weight, factor)
         step()
     n_clusters = -(-len(weight) // cluster_size)
-    chosen = n_probes
+    by_default = n_probes is None
     if n_probes is None:
         n_probes = default_n_probes(n_clusters)
     elif not 1 <= n_probes <= n_clusters:
@@ -334,13 +344,21 @@ def build_head(
     always = None
     if recipe.always:
         always = always_tokens(len(weight), cluster_size, n_probes, stop_tokens)
-        if chosen is None and len(weight) <= SMALL_VOCABULARY:
+        if by_default and len(weight) <= SMALL_VOCABULARY:
             n_probes += -(-len(always) // cluster_size)
-    given = {"always": always, "seed": seed, "progress": progress}
     if owner is None:
-        clustering = cluster.cluster(directions, cluster_size, **given)
+        clustering = cluster.cluster(
+            directions, cluster_size, always=always, seed=seed, progress=progress
+        )
     else:
-        clustering = pack_clusters(directions, owner, cluster_size, **given)
+        clustering = pack_clusters(
+            directions,
+            owner,
+            cluster_size,
+            always=always,
+            seed=seed,
+            progress=progress,
+        )
     del directions
     if recipe.fitted_centroids:
         centroids = pack.fitted_centroids(
@@ -407,11 +425,17 @@ def _states(
     documents: list[str],
     progress: Progress,
 ) -> calibrate.States:
+    """Calibration states; the model that makes them is in memory only here."""
     model = source.load_for_calibration()
     return calibrate.collect(model, tokenizer, path, documents, progress=progress)
 
 
 def _finite(weight: np.ndarray, path: str) -> np.ndarray:
+    """The rows ``[V, D]`` of the head at ``path``, if all are finite.
+
+    Raises:
+        ConvertError: They are not.
+    """
     bad = ~np.isfinite(weight).all(axis=1)
     if bad.any():
         raise ConvertError(
@@ -422,6 +446,7 @@ def _finite(weight: np.ndarray, path: str) -> np.ndarray:
 
 
 def _bias(module: nn.Module) -> np.ndarray | None:
+    """Bias of a head, float32 ``[V]``, where it has one."""
     return np.array(module.bias.astype(mx.float32)) if "bias" in module else None
 
 
@@ -455,7 +480,8 @@ def _quantize_body(
 
 
 def _estimated_bytes(model: nn.Module, table: Table) -> int:
-    parameters = dict(tree_flatten(model.parameters()))
+    """Disk space that a converted model may need."""
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     body = sum(a.nbytes for a in parameters.values())
     return int(body + 1.2 * table.nbytes) + (64 << 20)
 
@@ -486,4 +512,5 @@ def _report(
 
 
 def report_json(report: Report) -> str:
+    """A report as a JSON object, its attributes by their names."""
     return json.dumps(asdict(report), indent=2)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -80,11 +81,22 @@ class PublishError(ValueError):
     """The model cannot be uploaded; the folder is there all the same."""
 
 
+class ReadBytes(Protocol):
+    """Of a report, what a card says of the head: bytes read per decoded token."""
+
+    @property
+    def flash_bytes(self) -> int: ...
+    @property
+    def dense_bytes(self) -> int: ...
+    @property
+    def dense_bits(self) -> int: ...
+
+
 def write_card(
     folder: Path,
     name: str,
-    section: dict[str, Any],
-    report: Any,
+    section: Mapping[str, Any],
+    report: ReadBytes,
     *,
     base: str | None = None,
     source: Path | None = None,
@@ -150,7 +162,8 @@ def write_card(
 
 
 def check_upload(repo: str) -> None:
-    """Raise PublishError, before any work is done, where an upload cannot succeed."""
+    """Raise PublishError, before any work is done, where an upload to the Hugging Face
+    id ``repo`` cannot succeed."""
     try:
         validate_repo_id(repo)
         HfApi().whoami()
@@ -189,4 +202,5 @@ def upload(folder: Path, repo: str) -> str:
 
 
 def _line(error: Exception) -> str:
+    """What an error says, in one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__

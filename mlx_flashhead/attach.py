@@ -54,6 +54,7 @@ def get_module(model: nn.Module, path: str) -> nn.Module:
 
 
 def set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module at a dotted path of the model."""
     model.update_modules(tree_unflatten([(path, module)]))
 
 
@@ -206,7 +207,8 @@ def attach(model: nn.Module, path: str, head: FlashHead) -> nn.Module:
 
 
 def flash_heads(model: nn.Module) -> Iterator[FlashHead]:
-    """The FlashHeads in a model."""
+    """The FlashHeads in a model, also within the embedding of a tied one; none in a
+    model with a dense head. Set their ``n_probes`` to trade speed for fidelity."""
     for _, module in model.named_modules():
         if isinstance(module, FlashHead):
             yield module

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 from tqdm import tqdm
@@ -16,14 +16,14 @@ from .benchmarking import conditions, loading, report
 from .benchmarking.competitors import HEADS, check, heads, other
 from .benchmarking.energy import meter
 from .benchmarking.latency import on_gpu, spread
-from .benchmarking.matrix import SAMPLERS, Cell, cells, limits, measure, n_runs
+from .benchmarking.matrix import SAMPLERS, Cell, Row, cells, limits, measure, n_runs
 from .blas import hint
 from .cli import Listed, one_line_errors
 from .generate import _check_exists
 from .outputs import check_outputs
 
 
-def _one_of(names) -> Callable[[str], str]:
+def _one_of(names: Collection[str]) -> Callable[[str], str]:
     def read(word: str) -> str:
         if word not in names:
             raise ValueError(f"{word!r} is not one of {', '.join(names)}")
@@ -66,7 +66,7 @@ class _Command(click.Command):
 )
 @click.option(
     "--samplers",
-    type=Listed(_one_of(tuple(SAMPLERS))),
+    type=Listed(_one_of(SAMPLERS)),
     default=tuple(SAMPLERS),
     help="Of greedy and top-p (0.95, at temperature 0.8).  [default: both]",
 )
@@ -130,7 +130,18 @@ def benchmark(
     plot: str | None,
     command: str,
 ) -> None:
-    """The command, its options by their names."""
+    """What the command does; its options by their names.
+
+    Args:
+        kinds: Of the heads, as ``--heads`` names them.
+        everything: ``--all``.
+        json_path: ``--json``.
+        command: The command line, for the footer.
+
+    Raises:
+        ValueError: An option does not fit, or a model has no FlashHead; one line.
+        RuntimeError: A folder does not open in a process of its own.
+    """
     for option, path in (("model", model), *(("against", a) for a in against)):
         _check_exists(option, path)
     check_outputs({"--json": json_path, "--markdown": markdown, "--plot": plot})
@@ -166,7 +177,7 @@ def benchmark(
         notes.append(f"Left out on this device: {_listed(left)} (--all: nothing).")
     click.echo(f"{title}\n")
     n = n_runs(len(competitors), len(chosen), len(samplers), repeats)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with meter(energy) as power, _bar(n) as bar:
         for cell, found in measure(
             competitors, chosen, samplers, max_tokens, repeats, power, bar.update
@@ -207,11 +218,13 @@ def benchmark(
         report.plot(rows, plot, title)
 
 
-def _bar(total: int) -> tqdm:
+def _bar(total: int) -> tqdm[NoReturn]:
+    """A bar that is moved run by run."""
     return tqdm(total=total, unit="run", leave=False, disable=None)
 
 
 def _listed(cells: list[Cell]) -> str:
+    """Cells by their batch sizes, as words."""
     by_batch: dict[int, list[str]] = {}
     for cell in cells:
         by_batch.setdefault(cell.batch_size, []).append(f"{cell.prompt_tokens:,}")
@@ -219,13 +232,16 @@ def _listed(cells: list[Cell]) -> str:
     return f"prompt tokens at {'; at '.join(parts)}"
 
 
-def _loading(model: str, against: tuple[str, ...], repeats: int) -> list[dict]:
+def _loading(
+    model: str, against: tuple[str, ...], repeats: int
+) -> list[report.LoadRow]:
+    """How long the model and those it is compared with take to open."""
     ways = {"stock": "dense, mlx_lm.load", "flash": "FlashHead, mlx_flashhead.load"}
     if not on_gpu():
         ways["dense"] = "dense in float32, mlx_flashhead.load"
     found = loading.in_turn([model], list(ways), repeats)
     found |= loading.in_turn(list(against), ["flash"], repeats)
-    rows = []
+    rows: list[report.LoadRow] = []
     for (folder, way), each in found.items():
         name = f"{Path(folder).name}, {ways[way]}" if folder == model else folder
         rows.append({"name": name, "seconds": spread(e["seconds"] for e in each)})

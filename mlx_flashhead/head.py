@@ -83,8 +83,18 @@ class FlashHead(nn.Module):
         temperatures (Sequence[float]): The temperatures T, falling.
         tail_offset (Sequence[float]): At each T, the fitted correction of the excess
           for the clusters that are not probed, in nats.
-        n_probes (int): Clusters probed per step, p. It can be changed at any time.
+        n_probes (int, optional): Clusters probed per step, p, from 1 to C; by default
+          :func:`default_n_probes`. It can be changed at any time.
         bias (mx.array, optional): Bias of each row, ``[C, m]``.
+
+    Attributes:
+        transform (Transform, optional): What the model does to the logits; ``None`` if
+          that is not known, and then nothing is drawn among candidates.
+        n_clusters (int): Number of clusters C.
+        cluster_size (int): Rows of each, m.
+
+    Raises:
+        ValueError: ``n_probes`` is out of range.
     """
 
     def __init__(
@@ -111,7 +121,6 @@ class FlashHead(nn.Module):
             self.bias = bias
         self.temperatures = tuple(temperatures)
         self.tail_offset = tuple(tail_offset)
-        # What the model does to the logits; None if that is not known.
         self.transform: Transform | None = Transform()
         self.vocab_size = vocab_size
         self.n_clusters, self.cluster_size = token_ids.shape
@@ -179,6 +188,9 @@ class FlashHead(nn.Module):
         get the logit that their cluster's estimate implies. Longer inputs, and
         batches for which retrieval would read more than the dense product, get
         exact logits.
+
+        They are the head's logits, before what the model does to them; the estimated
+        ones are those of :meth:`estimate`.
         """
         if self._answer is not None:
             return self._answer(x)
@@ -199,7 +211,8 @@ class FlashHead(nn.Module):
         return rows + self.centroids.nbytes + self.spread.nbytes
 
     def dense(self, x: mx.array) -> mx.array:
-        """Exact logits ``[..., V]`` of all rows for ``x [..., D]``."""
+        """Exact logits ``[..., V]`` of all rows for ``x [..., D]``, in vocabulary
+        order and in the dtype that MLX's product gives."""
         y = self.rows.map(lambda a: a.reshape(-1, a.shape[-1])).matmul(x)
         if "bias" in self:
             y = y + self.bias.reshape(-1)
@@ -268,12 +281,23 @@ class FlashHead(nn.Module):
         self, centroid_logits: mx.array, n_probes: int | None = None
     ) -> mx.array:
         """The clusters to probe, uint32 ``[B, p]``, ascending in each row; among equal
-        scores the lower index. ``n_probes``: instead of the head's own number."""
+        scores the lower index.
+
+        Args:
+            centroid_logits: float32 ``[B, C]``.
+            n_probes: p, instead of the head's own number.
+        """
         p = n_probes or self.n_probes
         return kernels.select_probes(centroid_logits, p, spread=self.spread)
 
     def score(self, x: mx.array, probes: mx.array) -> mx.array:
-        """Exact logits, float32 ``[B, p, m]``, of the rows of ``probes [B, p]``."""
+        """Exact logits, float32 ``[B, p, m]``, of the rows of ``probes``; ``-inf`` for
+        padding.
+
+        Args:
+            x: Hidden states ``[B, D]``.
+            probes: Clusters, uint32 ``[B, p]``.
+        """
         if self.rows.has_kernel(x.dtype):
             y = self._probe(kernels.probe_logits, x, probes)
             y = y.reshape(*probes.shape, self.cluster_size)
@@ -288,7 +312,7 @@ class FlashHead(nn.Module):
 
     def best(self, x: mx.array, probes: mx.array) -> tuple[mx.array, mx.array]:
         """The token with the largest logit among ``probes [B, p]``, uint32 ``[B]``, and
-        the logits of all, float32 ``[B, p * m]``."""
+        the logits of all, float32 ``[B, p * m]``; for hidden states ``x [B, D]``."""
         tokens = {"probes": probes, "token_ids": self.token_ids}
         if not self.rows.has_kernel(x.dtype) or "bias" in self:
             logits = self.score(x, probes).reshape(len(x), -1)
@@ -319,11 +343,13 @@ class FlashHead(nn.Module):
         return logits
 
     def position(self, ids: mx.array) -> mx.array:
-        """Where the rows of tokens stand, in cluster order, uint32."""
+        """Where the rows of tokens stand in cluster order, uint32, in the shape of
+        ``ids``."""
         return self._position[ids]
 
     def candidates(self, x: mx.array) -> Candidates:
-        """Ids and exact logits ``[..., p * m]`` of what ``x [..., D]`` probes."""
+        """Ids, uint32, and exact logits, float32, both ``[..., p * m]``, of what hidden
+        states ``x [..., D]`` probe."""
         h = x.reshape(-1, x.shape[-1])
         probes = self.select(self.centroid_logits(h))
         shape = (*x.shape[:-1], self.n_probes * self.cluster_size)
@@ -332,7 +358,8 @@ class FlashHead(nn.Module):
         )
 
     def embed(self, ids: mx.array) -> mx.array:
-        """Rows ``[*ids.shape, D]`` of tokens: the embeddings of a tied model."""
+        """Rows ``[*ids.shape, D]`` of tokens, in the rows' dtype: the embeddings of a
+        tied model."""
         flat = self.rows.map(lambda a: a.reshape(-1, a.shape[-1]))
         return flat.take(self._position[ids])
 
@@ -414,9 +441,11 @@ class FlashEmbedding(nn.Module):
         self._dtype = dtype or head.rows.dtype
 
     def __call__(self, ids: mx.array) -> mx.array:
+        """Embeddings ``[*ids.shape, D]`` of tokens."""
         return self.head.embed(ids).astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
+        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x."""
         return self.head(x)
 
 

@@ -20,6 +20,7 @@ MAX_ROWS = 65_535
 
 
 def on_gpu() -> bool:
+    """Whether MLX's default device is a GPU, Metal's or CUDA's."""
     return mx.default_device() == mx.Device(mx.gpu)
 
 

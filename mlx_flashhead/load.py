@@ -53,17 +53,26 @@ def load(
     Args:
         path_or_hf_repo: A converted folder, or the Hugging Face id of one. A model
           without a FlashHead is loaded as mlx-lm loads it.
-        n_probes: Clusters probed per decoded token, instead of the stored number.
-        dense: Leave the dense head in place.
+        n_probes: Clusters probed per decoded token, instead of the stored number; from
+          1 to the head's number of clusters.
+        dense: Leave the dense head in place. So does ``MLX_FLASHHEAD=0`` in the
+          environment.
+        return_config: Whether to return the config, too.
         **kwargs: What :func:`mlx_lm.load` takes (``lazy``, ``adapter_path``,
-          ``tokenizer_config``, ``return_config``, ``revision``, ...).
+          ``tokenizer_config``, ``revision``, ...).
 
     Returns:
         ``(model, tokenizer)``, and the config where ``return_config`` is true.
 
     Raises:
-        FormatError: The folder's FlashHead is missing or damaged.
-        FileNotFoundError: There is no model there.
+        FormatError: The folder's FlashHead is missing, damaged or another model's, a
+          file changed since the conversion, or ``n_probes`` is out of range. It is a
+          ``ValueError`` of one line.
+        ValueError: The adapter changes the head; or the path is no folder and no
+          Hugging Face id.
+        FileNotFoundError: There is no model there, or the hub cannot be reached; other
+          errors of the hub come as they are.
+        PatchError: The installed mlx-lm is not one that this package knows.
     """
     with patched(n_probes=n_probes, dense=dense):
         loaded = utils.load(str(path_or_hf_repo), **kwargs)

@@ -24,6 +24,7 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_flatten
 from mlx_lm import utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import decode, samplers, verify
 from .attach import HeadNotFound, attach, get_module, head_table
@@ -85,14 +86,20 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
     """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
     decoding (``generate``, ``stream_generate``, ``batch_generate``, the server, ...)
     draw among its candidates. Other models load and decode as before. The order of
-    imports does not matter.
+    imports does not matter. On a CPU back-end models with a FlashHead compute in
+    float32. A second call replaces the first.
+
+    From then on, ``mlx_lm.load`` raises ``FormatError`` for a converted folder that is
+    damaged or changed, and ``ValueError`` for an adapter of a head that is clustered;
+    ``mlx_lm.utils.save_model`` raises ``ValueError`` for a model with a FlashHead.
 
     Args:
         n_probes: Clusters probed per decoded token, instead of the stored number.
-        dense: Keep the dense head; the rest is as with a FlashHead.
+        dense: Keep the dense head; the rest is as with a FlashHead. So does
+          ``MLX_FLASHHEAD=0`` in the environment, read at each load.
 
     Raises:
-        PatchError: The installed mlx-lm is not as expected. Nothing is changed then.
+        PatchError: The installed mlx-lm is not as expected. mlx-lm is as it came then.
     """
     global _options
     unpatch()
@@ -123,7 +130,9 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
     load_tokenizer = utils.load_tokenizer
 
     @functools.wraps(load_tokenizer)
-    def load_tokenizer_checked(model_path: Path, *args: Any, **kwargs: Any):
+    def load_tokenizer_checked(
+        model_path: Path, *args: Any, **kwargs: Any
+    ) -> TokenizerWrapper:
         with _refusing(model_path):
             return load_tokenizer(model_path, *args, **kwargs)
 
@@ -172,7 +181,9 @@ def _refusing(folder: str | Path) -> Iterator[None]:
 
 
 def patch_decoding() -> None:
-    """The part of :func:`patch` that concerns models which are loaded already.
+    """The part of :func:`patch` that concerns models which are loaded already: mlx-lm's
+    decoding functions draw among a FlashHead's candidates. Where it is on, nothing
+    happens.
 
     Raises:
         PatchError: The installed mlx-lm is not as expected. Nothing is changed then.
@@ -291,7 +302,11 @@ def check() -> None:
 
 
 def unpatch() -> None:
-    """Undo :func:`patch`."""
+    """Undo :func:`patch` and :func:`patch_decoding`; mlx-lm is as it came.
+
+    Models that are loaded keep their FlashHead. mlx-lm's own decoding gets logits over
+    the whole vocabulary from it: exact where probed, estimated elsewhere.
+    """
     global _options
     _options = None
     for where in (_loading, _decoding):
@@ -302,7 +317,15 @@ def unpatch() -> None:
 
 @contextlib.contextmanager
 def patched(*, n_probes: int | None = None, dense: bool = False) -> Iterator[None]:
-    """:func:`patch` for the length of a ``with`` block."""
+    """:func:`patch` for the length of a ``with`` block; afterwards mlx-lm is patched as
+    it was before.
+
+    Args:
+        n_probes, dense: As for :func:`patch`.
+
+    Raises:
+        PatchError: As for :func:`patch`.
+    """
     options, decoding = _options, bool(_decoding)
     patch(n_probes=n_probes, dense=dense)
     try:

@@ -19,7 +19,18 @@ from mlx_lm import sample_utils
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of :func:`mlx_lm.sample_utils.make_sampler`, by its names."""
+    """Arguments of :func:`mlx_lm.sample_utils.make_sampler`, by its names.
+
+    Attributes:
+        temp: Temperature; 0 is greedy, and nothing else counts then.
+        top_p: Probability of the nucleus; 0 and 1 keep everything.
+        min_p: Least probability, relative to the likeliest token's; 0 keeps everything.
+        min_tokens_to_keep: Tokens that ``min_p`` leaves in any case.
+        top_k: Likeliest tokens that are kept; 0 keeps everything.
+        xtc_probability: How often XTC drops the likeliest tokens.
+        xtc_threshold: Probability from which on it does, at most 0.5.
+        xtc_special_tokens: Ids that it never drops.
+    """
 
     temp: float = 0.0
     top_p: float = 0.0
@@ -32,6 +43,7 @@ class Settings:
 
     @property
     def greedy(self) -> bool:
+        """Whether the token with the largest logit is taken."""
         return self.temp == 0
 
     @property
@@ -47,7 +59,7 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Bias:
-    """``logit_bias``: ``values [n]`` are added to the logits of ``ids [n]``."""
+    """``logit_bias``: ``values [n]`` are added to the logits of ``ids [n]``, int32."""
 
     ids: mx.array
     values: mx.array
@@ -131,8 +143,16 @@ def _checked(settings: Settings) -> Settings | None:
 def read_processors(
     processors: Sequence[Any] | None, vocab_size: int
 ) -> list[Processor] | None:
-    """The processors that ``make_logits_processors`` made, readable; ``None`` if one
-    is not of those, or is for tokens that do not exist."""
+    """The processors that ``make_logits_processors`` made, readable.
+
+    Args:
+        processors: Functions of tokens and logits; ``None`` for none.
+        vocab_size: Number of tokens; a bias is for ids below it.
+
+    Returns:
+        In the same order; ``None`` if one is not of those, or is for tokens that do not
+        exist.
+    """
     read: list[Processor] = []
     for processor in processors or ():
         one = _read_processor(processor, vocab_size)

@@ -57,10 +57,12 @@ class Table(nn.Module):
 
     @property
     def quantized(self) -> bool:
+        """Whether the rows are packed."""
         return "scales" in self
 
     @property
     def hidden_size(self) -> int:
+        """Weights D of a row."""
         n = self.weight.shape[-1]
         return n * 32 // self.bits if self.quantized else n
 
@@ -72,6 +74,7 @@ class Table(nn.Module):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all arrays, as stored."""
         return sum(a.nbytes for a in self._arrays() if a is not None)
 
     def has_kernel(self, dtype: mx.Dtype) -> bool:

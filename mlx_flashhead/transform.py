@@ -26,6 +26,7 @@ class Transform:
 
     @property
     def identity(self) -> bool:
+        """Whether logits stay as they are."""
         return self.scale == 1 and self.softcap is None
 
     def __call__(self, logits: Logits) -> Logits:

@@ -18,9 +18,10 @@ import json
 import math
 import os
 import struct
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import mlx.core as mx
 
@@ -87,7 +88,8 @@ def _inside(folder: Path, name: Any) -> bool:
     return not os.path.normpath(name).startswith("..")
 
 
-def _items(config: dict[str, Any]):
+def _items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Entries of a config, and of the objects in it."""
     for key, value in config.items():
         yield key, value
         if isinstance(value, dict):
@@ -137,7 +139,9 @@ def _n_bytes(entry: Any, room: int) -> int | None:
         return None
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     bits = _ITEM_BITS.get(str(entry.get("dtype")))
-    if bits is None or not (_sizes(shape) and _sizes(offsets) and len(offsets) == 2):
+    if bits is None or not (
+        _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
+    ):
         return None
     # A factor of zero must not hide others that overflow.
     if len(shape) > 16 or max(shape, default=0) > 2**31 - 1:
@@ -147,7 +151,7 @@ def _n_bytes(entry: Any, room: int) -> int | None:
     return n_bytes if begin <= end <= room and end - begin == n_bytes else None
 
 
-def _sizes(values: Any) -> bool:
+def _are_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(
         isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
     )
@@ -157,6 +161,7 @@ def check_unchanged(folder: str | Path, section: dict[str, Any], table: Table) -
     """Check that the files are those that the converter wrote.
 
     Args:
+        folder: A converted folder.
         section: The config's ``flashhead`` section.
         table: The dense head as the folder's plain model has it, lazy.
 
@@ -200,7 +205,8 @@ def check_unchanged(folder: str | Path, section: dict[str, Any], table: Table) -
         raise FormatError(_changed(folder, name))
 
 
-def _is_listing(files: Any) -> bool:
+def _is_listing(files: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether this is a section's ``files``: digests by names in the folder."""
     return (
         isinstance(files, dict)
         and HEAD_FILE in files
@@ -216,7 +222,7 @@ def _changed(folder: Path, what: str) -> str:
     )
 
 
-def check_finite(folder: str | Path, tensors: dict[str, mx.array]) -> None:
+def check_finite(folder: str | Path, tensors: Mapping[str, mx.array]) -> None:
     """Check that the head's tensors have no NaN and no infinity, once per file.
 
     Raises:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..attach import (
     HeadNotFound,
@@ -42,7 +42,7 @@ Sampler = Callable[[mx.array], mx.array]
 
 class SplitEmbedding(nn.Module):
     """Stands in for the embedding of a tied model: ``embedding`` embeds, and ``head``
-    makes the logits, so that heads differ and embeddings do not."""
+    makes the logits ``[..., V]``, so that heads differ and embeddings do not."""
 
     def __init__(self, embedding: nn.Module, head: nn.Module):
         super().__init__()
@@ -89,7 +89,7 @@ class Competitor:
     name: str
     kind: str
     model: nn.Module
-    tokenizer: Any
+    tokenizer: TokenizerWrapper
     path: str | None
     head: nn.Module | None
     module: nn.Module | None
@@ -108,13 +108,18 @@ class Competitor:
         head, transform = self.head, self.transform or Transform()
         if head is None:
             return None
+        logits_of: Callable[[mx.array], mx.array] = (
+            head.as_linear if hasattr(head, "as_linear") else head
+        )
 
         def plain(h: mx.array, key: mx.array) -> mx.array:
-            y = transform(getattr(head, "as_linear", head)(h))
+            y = transform(logits_of(h))
             return sampler(y - mx.logsumexp(y, axis=-1, keepdims=True))
 
         settings = read_sampler(sampler)
-        if not isinstance(head, FlashHead) or not fits(head, settings):
+        if not isinstance(head, FlashHead):
+            return plain
+        if settings is None or not fits(head, settings):
             return plain
 
         def flash(h: mx.array, key: mx.array) -> mx.array:
@@ -127,12 +132,13 @@ class Competitor:
         return flash
 
     def states(self, batch_size: int) -> mx.array:
-        """Hidden states ``[B, D]`` as the head is given them."""
+        """Hidden states ``[B, D]`` as the head, which is known, is given them."""
         ids = self.tokenizer.encode("The history of the steam engine")
         tokens = mx.array([ids] * batch_size)
         model = self.place()
         if isinstance(self.head, FlashHead):
             return hidden_state(self.head, model, tokens)[:, -1]
+        assert self.path is not None  # where the head was found
         with watching(model, self.path) as seen:
             model(tokens)
         return seen.states[-1][:, -1]
@@ -174,6 +180,7 @@ def heads(
     bias = stored.get("bias")
     body = _nbytes(model) - _nbytes(stored)
     made = []
+    head: FlashHead | DenseHead
     for kind in kinds:
         if kind == "flash":
             head = flash
@@ -227,7 +234,9 @@ def other(path_or_hf_repo: str) -> Competitor:
     model, tokenizer = load(path_or_hf_repo)
     mx.eval(for_device(model).parameters())
     flash = next(flash_heads(model), None)
-    path, head, transform = None, flash, getattr(flash, "transform", None)
+    path: str | None = None
+    head: nn.Module | None = flash
+    transform = None if flash is None else flash.transform
     if flash is None:
         with suppress(HeadNotFound):
             path = find_head(model)
@@ -247,4 +256,5 @@ def other(path_or_hf_repo: str) -> Competitor:
 
 
 def _nbytes(module: nn.Module) -> int:
-    return sum(a.nbytes for _, a in tree_flatten(module.parameters()))
+    arrays: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+    return sum(a.nbytes for a in arrays.values())

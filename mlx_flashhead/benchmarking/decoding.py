@@ -6,10 +6,10 @@ import importlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .competitors import Sampler
 
@@ -45,7 +45,9 @@ class Run:
     end: float
 
 
-def prompts(tokenizer: Any, n_tokens: int, batch_size: int) -> list[list[int]]:
+def prompts(
+    tokenizer: TokenizerWrapper, n_tokens: int, batch_size: int
+) -> list[list[int]]:
     """English text of ``n_tokens`` tokens for each sequence of a batch. Each starts at
     another place."""
     ids = tokenizer.encode(TEXT)
@@ -77,6 +79,9 @@ def run(
         max_tokens: Tokens per sequence, at least 2.
         parameter_bytes: What the model's parameters take, for the peak: other
             parameters may be in memory, too.
+
+    Raises:
+        RuntimeError: A sequence of a batch made no token.
     """
     steps = _single if len(prompts) == 1 else _batch
     mx.synchronize()
@@ -97,7 +102,10 @@ def run(
     return Run(times[0] - begin, each, peak, times[0], times[-1])
 
 
-def _single(model, prompts, sampler, max_tokens) -> Iterator[None]:
+def _single(
+    model: nn.Module, prompts: list[list[int]], sampler: Sampler, max_tokens: int
+) -> Iterator[None]:
+    """A token of the one sequence at each turn."""
     prompt = mx.array(prompts[0])
     # Looked up when called: the patch replaces it.
     steps = _generate.generate_step(
@@ -107,7 +115,10 @@ def _single(model, prompts, sampler, max_tokens) -> Iterator[None]:
         yield
 
 
-def _batch(model, prompts, sampler, max_tokens) -> Iterator[None]:
+def _batch(
+    model: nn.Module, prompts: list[list[int]], sampler: Sampler, max_tokens: int
+) -> Iterator[None]:
+    """A token of every sequence at each turn."""
     n = len(prompts)
     batch = _generate.BatchGenerator(
         model,

@@ -12,7 +12,7 @@ import re
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -20,6 +20,9 @@ import mlx.core as mx
 
 # Between samples, in milliseconds.
 INTERVAL = 100
+
+# A line of such a tool, and when it came, by ``time.perf_counter``.
+Line = tuple[float, str]
 
 _ELAPSED = re.compile(r"Sampled system activity .*\(([\d.]+)ms elapsed\)")
 _POWER = re.compile(r"^Combined Power \(.*\): ([\d.]+) (m?W)\s*$")
@@ -36,7 +39,10 @@ class Sample:
     watts: float
 
 
-def read_powermetrics(lines: Iterable[tuple[float, str]]) -> Iterator[Sample]:
+Parse = Callable[[Iterable[Line]], Iterator[Sample]]
+
+
+def read_powermetrics(lines: Iterable[Line]) -> Iterator[Sample]:
     """Samples of ``powermetrics --samplers cpu_power``, from lines and when they came.
 
     The line "Combined Power" has all of the chip. Versions without it have CPU, GPU
@@ -63,7 +69,7 @@ def read_powermetrics(lines: Iterable[tuple[float, str]]) -> Iterator[Sample]:
     yield from sample()
 
 
-def read_nvidia(lines: Iterable[tuple[float, str]]) -> Iterator[Sample]:
+def read_nvidia(lines: Iterable[Line]) -> Iterator[Sample]:
     """Samples of ``nvidia-smi --query-gpu=power.draw --format=csv,noheader,nounits``;
     each stands for the time since the one before it."""
     before = None
@@ -82,8 +88,8 @@ def _watts(number: str, unit: str) -> float:
 
 
 def joules(samples: Iterable[Sample], begin: float, end: float) -> float | None:
-    """Energy from ``begin`` to ``end``: the mean power of the samples in between, times
-    the time. ``None`` where they cover less than half of it."""
+    """Energy in joules from ``begin`` to ``end``: the mean power of the samples in
+    between, times the time. ``None`` where they cover less than half of it."""
     covered = energy = 0.0
     for s in samples:
         shared = min(s.end, end) - max(s.begin, begin)
@@ -98,15 +104,16 @@ def joules(samples: Iterable[Sample], begin: float, end: float) -> float | None:
 class Meter:
     """Collects samples while it is open.
 
-    Attributes:
+    Args:
         source: Where they come from; ``None`` if nothing tells.
         note: What to say of it.
+        parse: Makes samples of the source's lines; ``None`` if there are none.
     """
 
-    def __init__(self, source: str | None, note: str, parse=None):
+    def __init__(self, source: str | None, note: str, parse: Parse | None = None):
         self.source, self.note = source, note
         self._parse = parse
-        self._lines: list[tuple[float, str]] = []
+        self._lines: list[Line] = []
 
     def samples(self) -> list[Sample]:
         """What was sampled until now."""
@@ -121,13 +128,13 @@ class Meter:
         worse = dict.fromkeys(m[1] for m in levels if m and m[1] != "Nominal")
         return [f"thermal pressure: {level}" for level in worse]
 
-    def _collect(self, stream) -> None:
+    def _collect(self, stream: Iterable[str]) -> None:
         with suppress(ValueError):  # closed
             for line in stream:
                 self._lines.append((time.perf_counter(), line))
 
 
-def command() -> tuple[str, list[str], object] | None:
+def command() -> tuple[str, list[str], Parse] | None:
     """Name, command line and parser of what tells the power here."""
     if platform.system() == "Darwin":
         words = ["powermetrics", "--samplers", "cpu_power,thermal", "-i", str(INTERVAL)]
@@ -157,9 +164,9 @@ def meter(wanted: bool = True) -> Iterator[Meter]:
     except OSError:
         yield Meter(None, f"Energy: left out; {name} is not there.")
         return
-    thread = threading.Thread(
-        target=meter._collect, args=(process.stdout,), daemon=True
-    )
+    lines = process.stdout
+    assert lines is not None  # a pipe was asked for
+    thread = threading.Thread(target=meter._collect, args=(lines,), daemon=True)
     thread.start()
     try:
         time.sleep(10e-3 * INTERVAL)
@@ -174,6 +181,6 @@ def meter(wanted: bool = True) -> Iterator[Meter]:
             process.terminate()
         thread.join(1)
         with suppress(ValueError, OSError):
-            process.stdout.close()
+            lines.close()
         with suppress(subprocess.TimeoutExpired):
             process.wait(5)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from typing import TypedDict
 
 import mlx.core as mx
 
@@ -20,6 +21,7 @@ Step = Callable[[mx.array, mx.array], mx.array]
 
 
 def on_gpu() -> bool:
+    """Whether MLX's default device is a GPU, Metal's or CUDA's."""
     return mx.default_device().type == mx.DeviceType.gpu
 
 
@@ -36,7 +38,7 @@ def chained(
 
     Returns:
         A function that gives seconds per step, of the whole chain or, given a number,
-        of so many steps.
+        of so many steps of it.
     """
     state = mx.random.state
 
@@ -109,8 +111,16 @@ def copy_bandwidth(n_bytes: int | None = None) -> float:
     return 2 * a.nbytes / best
 
 
-def spread(values: Iterable[float]) -> dict[str, float]:
-    """Median, least and greatest of some measurements."""
+class Spread(TypedDict):
+    """Median, least and greatest of some measurements, in their unit."""
+
+    median: float
+    min: float
+    max: float
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """The :class:`Spread` of at least one measurement."""
     ordered = sorted(values)
     middle = len(ordered) // 2
     median = (ordered[middle] + ordered[~middle]) / 2

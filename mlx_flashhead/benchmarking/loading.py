@@ -12,26 +12,42 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from typing import TypedDict
 
 WAYS = ("stock", "dense", "flash")
 
 
-def measure(folder: str, way: str) -> dict[str, float]:
-    """Seconds that it takes to open a folder, and the tokenizer's share of them. The
-    imports come before, and the disk's cache is as it is."""
+class Opening(TypedDict):
+    """What it took to open a folder once.
+
+    Attributes:
+        seconds: Time to open it, tokenizer included.
+        tokenizer: Seconds of the tokenizer alone, read once more.
+        peak_bytes: Greatest memory use of MLX.
+    """
+
+    seconds: float
+    tokenizer: float
+    peak_bytes: int
+
+
+def measure(folder: str, way: str) -> Opening:
+    """Open a folder in one of ``WAYS``, and time it. The imports come before, and the
+    disk's cache is as it is."""
     import mlx.core as mx
     import mlx_lm
 
     import mlx_flashhead
 
-    way, _, lazy = way.partition(", ")
-    options = {"lazy": lazy == "lazy"}
+    way, _, option = way.partition(", ")
+    lazy = option == "lazy"
     mx.eval(mx.zeros(1))
     begin = time.perf_counter()
     if way == "stock":
-        mlx_lm.load(folder, **options)
+        mlx_lm.load(folder, lazy=lazy)
     else:
-        mlx_flashhead.load(folder, dense=way == "dense", **options)
+        mlx_flashhead.load(folder, dense=way == "dense", lazy=lazy)
     seconds = time.perf_counter() - begin
     peak = mx.get_peak_memory()
     begin = time.perf_counter()
@@ -40,14 +56,18 @@ def measure(folder: str, way: str) -> dict[str, float]:
     return {"seconds": seconds, "tokenizer": tokenizer, "peak_bytes": peak}
 
 
-def in_turn(folders: list[str], ways: list[str], repeats: int) -> dict:
+def in_turn(
+    folders: Sequence[str], ways: Sequence[str], repeats: int
+) -> dict[tuple[str, str], list[Opening]]:
     """:func:`measure` of folders and ways, in turn, by ``(folder, way)``: a list of
     ``repeats`` each. A first round, which fills the disk's cache, is dropped.
 
     Raises:
         RuntimeError: A folder does not open.
     """
-    found: dict = {(f, w): [] for f in folders for w in ways}
+    found: dict[tuple[str, str], list[Opening]] = {
+        (f, w): [] for f in folders for w in ways
+    }
     for repeat in range(repeats + 1):
         for folder, way in found:
             command = [sys.executable, "-m", __name__, folder, way]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from mlx_lm.sample_utils import make_sampler
 
 from .competitors import Competitor, Sampler
 from .decoding import Run, prompts, run
-from .energy import Meter, joules
-from .latency import chained, on_gpu, spread
+from .energy import Meter, Sample, joules
+from .latency import Spread, chained, on_gpu, spread
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "greedy": lambda: make_sampler(0.0),
@@ -52,6 +52,39 @@ class Limits:
     repeats: int = 3
 
 
+class Row(TypedDict):
+    """Measurements of one head in one cell with one sampler.
+
+    Attributes:
+        head: Name of the competitor.
+        kind: Its kind.
+        batch_size, prompt_tokens: The cell.
+        sampler: Name in ``SAMPLERS``.
+        max_tokens: Tokens that each sequence decoded.
+        tokens_per_second: Of all sequences together, the first token apart.
+        first_token_seconds: From the call to the first token of every sequence.
+        head_seconds_per_token: Of the head alone; ``None`` where it is not known.
+        head_share: The head's median share of the time of a decode step, 0 to 1.
+        peak_bytes: Greatest memory use.
+        joules_per_token: Energy of the device; ``None`` where it is not told.
+        runs: Fields of each :class:`~.decoding.Run`.
+    """
+
+    head: str
+    kind: str
+    batch_size: int
+    prompt_tokens: int
+    sampler: str
+    max_tokens: int
+    tokens_per_second: Spread
+    first_token_seconds: Spread
+    head_seconds_per_token: Spread | None
+    head_share: float | None
+    peak_bytes: int
+    joules_per_token: Spread | None
+    runs: list[dict[str, Any]]
+
+
 # So that a small model takes a few minutes.
 GPU = Limits(batch_size=16, prompt_tokens=16_384, max_tokens=64)
 CPU = Limits(batch_size=1, prompt_tokens=512, max_tokens=16)
@@ -60,6 +93,7 @@ QUICK_CPU = Limits(batch_size=1, prompt_tokens=32, max_tokens=8)
 
 
 def limits(quick: bool) -> Limits:
+    """Those of the default device; ``quick``: for one short prompt."""
     if on_gpu():
         return QUICK_GPU if quick else GPU
     return QUICK_CPU if quick else CPU
@@ -74,7 +108,8 @@ def cells(
 
     What is named is measured; the limits are for what is not. Without limits all is.
     """
-    chosen, left = [], []
+    chosen: list[Cell] = []
+    left: list[Cell] = []
     for b, n in itertools.product(
         batch_sizes or BATCH_SIZES, prompt_tokens or PROMPT_TOKENS
     ):
@@ -97,15 +132,15 @@ def measure(
     max_tokens: int,
     repeats: int,
     meter: Meter,
-    tick: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Cell, list[dict[str, Any]]]]:
+    tick: Callable[[], object] = lambda: None,
+) -> Iterator[tuple[Cell, list[Row]]]:
     """Rows of measurements, cell by cell.
 
     Competitors take turns within every repeat, each time another one first, after a
     short run of each that does not count.
 
     Args:
-        competitors: Whom.
+        competitors: What is compared.
         cells: Batches and prompts.
         samplers: Names in ``SAMPLERS``.
         max_tokens: Tokens that each sequence decodes.
@@ -115,14 +150,22 @@ def measure(
     """
     alone: dict[tuple[int, str], list[list[float] | None]] = {}
     for cell in cells:
-        texts = [prompts(c.tokenizer, cell[1], cell[0]) for c in competitors]
+        texts = [
+            prompts(c.tokenizer, cell.prompt_tokens, cell.batch_size)
+            for c in competitors
+        ]
         runs: dict[str, list[list[Run]]] = {}
         for name in samplers:
             sampler = SAMPLERS[name]()
 
-            def once(i: int, n: int, sampler=sampler, texts=texts) -> Run:
+            def once(
+                i: int,
+                n_tokens: int,
+                sampler: Sampler = sampler,
+                texts: list[list[list[int]]] = texts,
+            ) -> Run:
                 c = competitors[i]
-                return run(c.place(), texts[i], sampler, n, c.nbytes)
+                return run(c.place(), texts[i], sampler, n_tokens, c.nbytes)
 
             every = range(len(competitors))
             for i in every:
@@ -159,22 +202,23 @@ def head_alone(
 ) -> list[list[float] | None]:
     """Seconds per decode step from hidden states to tokens, in a chain of dependent
     steps, ``repeats`` times in turn; ``None`` for a head that is not known."""
-    chains = []
+    # Of each head: a chain, how many of its steps fit the time, and what they took.
+    timed: list[tuple[Callable[[int], float], int, list[float]] | None] = []
     for c in competitors:
         step = c.step(sampler)
-        if step is not None:
-            step = chained(step, c.states(batch_size), _CHAIN_STEPS)
-            n = max(2, min(_CHAIN_STEPS, int(_CHAIN_SECONDS / step(1))))
-            step(n)
-            chains.append((step, n))
-        else:
-            chains.append(None)
-    found: list[list[float] | None] = [None if c is None else [] for c in chains]
+        if step is None:
+            timed.append(None)
+            continue
+        chain = chained(step, c.states(batch_size), _CHAIN_STEPS)
+        n = max(2, min(_CHAIN_STEPS, int(_CHAIN_SECONDS / chain(1))))
+        chain(n)
+        timed.append((chain, n, []))
     for _ in range(repeats):
-        for chain, times in zip(chains, found, strict=True):
-            if chain is not None and times is not None:
-                times.append(chain[0](chain[1]))
-    return found
+        for one in timed:
+            if one is not None:
+                chain, n, seconds = one
+                seconds.append(chain(n))
+    return [None if one is None else one[2] for one in timed]
 
 
 def _row(
@@ -184,17 +228,18 @@ def _row(
     max_tokens: int,
     runs: list[Run],
     head: list[float] | None,
-    samples: list,
-) -> dict[str, Any]:
+    samples: list[Sample],
+) -> Row:
     b = cell.batch_size
     step = spread(r.step for r in runs)
     n_tokens = b * (max_tokens - 1)
-    energy = [joules(samples, r.begin, r.end) for r in runs]
-    energy = [e / n_tokens for e in energy if e is not None]
+    told = (joules(samples, r.begin, r.end) for r in runs)
+    energy = [j / n_tokens for j in told if j is not None]
     return {
         "head": c.name,
         "kind": c.kind,
-        **cell._asdict(),
+        "batch_size": b,
+        "prompt_tokens": cell.prompt_tokens,
         "sampler": sampler,
         "max_tokens": max_tokens,
         "tokens_per_second": spread(b / r.step for r in runs),

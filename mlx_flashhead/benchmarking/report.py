@@ -5,26 +5,54 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import mlx.core as mx
 
 from ..kernels import doctor
 from .conditions import ask
-from .latency import on_gpu
+from .latency import Spread, on_gpu
+from .matrix import Row
 
 
-def baseline(rows: Sequence[dict[str, Any]]) -> str | None:
+class LoadRow(TypedDict):
+    """Seconds that it took to open what is named."""
+
+    name: str
+    seconds: Spread
+
+
+class Machine(TypedDict):
+    """What was measured on.
+
+    Attributes:
+        device: Name of the GPU, or of the CPU where that computes.
+        cpu: Name of the CPU.
+        memory_bytes: The device's memory; ``None`` where MLX does not tell it.
+        backend: Of the kernels; ``"CPU"`` where that computes.
+        os: Operating system and its version.
+        versions: By package.
+    """
+
+    device: str
+    cpu: str
+    memory_bytes: int | None
+    backend: str
+    os: str
+    versions: dict[str, str]
+
+
+def baseline(rows: Sequence[Row]) -> str | None:
     """Name of the head that the others are compared with: dense, of 8 bits if there,
     else the first dense one."""
     dense = {r["kind"]: r["head"] for r in rows if r["kind"].isdigit()}
     return dense.get("8", next(iter(dense.values()), None))
 
 
-def cell_table(rows: Sequence[dict[str, Any]]) -> str:
+def cell_table(rows: Sequence[Row]) -> str:
     """A markdown table of the rows of one cell, aligned to be read as it is."""
     base = baseline(rows)
-    speed = {(r["sampler"], r["head"]): _median(r, "tokens_per_second") for r in rows}
+    speed = {(r["sampler"], r["head"]): r["tokens_per_second"]["median"] for r in rows}
     energy = any(r["joules_per_token"] for r in rows)
     header = ["sampler", "head", "tokens/s (min to max)"]
     if base is not None:
@@ -38,7 +66,7 @@ def cell_table(rows: Sequence[dict[str, Any]]) -> str:
         row.append(f"{s['median']:.1f} ({s['min']:.1f} to {s['max']:.1f})")
         if base is not None:
             row.append(f"{s['median'] / speed[r['sampler'], base]:.2f}")
-        row.append(f"{1e3 * _median(r, 'first_token_seconds'):.1f}")
+        row.append(f"{1e3 * r['first_token_seconds']['median']:.1f}")
         head = r["head_seconds_per_token"]
         row.append("-" if head is None else f"{1e3 * head['median']:.3g}")
         share = r["head_share"]
@@ -51,7 +79,8 @@ def cell_table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(table, left=2)
 
 
-def load_table(rows: Sequence[dict[str, Any]]) -> str:
+def load_table(rows: Sequence[LoadRow]) -> str:
+    """A markdown table of how long what is named took to open."""
     table = [["to load", "seconds (min to max)"]]
     for r in rows:
         s = r["seconds"]
@@ -77,11 +106,7 @@ def markdown_table(table: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join([line(table[0]), line(rule), *map(line, table[1:])])
 
 
-def _median(row: dict[str, Any], key: str) -> float:
-    return row[key]["median"]
-
-
-def machine() -> dict[str, Any]:
+def machine() -> Machine:
     """Device, operating system and versions."""
     found = doctor.report(run=False)
     mac = platform.system() == "Darwin"
@@ -95,17 +120,19 @@ def machine() -> dict[str, Any]:
         cpu = f"{names[0]}, {len(names)} cores" if names else platform.processor()
         os_name = platform.platform()
     device = mx.device_info(mx.default_device())
+    memory = device.get("memory_size") or device.get("total_memory")
     return {
         "device": found["device"] if on_gpu() else cpu,
         "cpu": cpu,
-        "memory_bytes": device.get("memory_size") or device.get("total_memory"),
+        "memory_bytes": None if memory is None else int(memory),
         "backend": found["backend"] if on_gpu() else "CPU",
         "os": os_name,
         "versions": found["versions"],
     }
 
 
-def footer(machine: dict[str, Any], command: str) -> str:
+def footer(machine: Machine, command: str) -> str:
+    """The machine, its versions and the command that repeats the benchmark."""
     memory = machine["memory_bytes"]
     where = [machine["device"]]
     if machine["cpu"] != machine["device"]:
@@ -117,7 +144,7 @@ def footer(machine: dict[str, Any], command: str) -> str:
     return f"{'; '.join(where)}\n{versions}\n\n```bash\n{command}\n```"
 
 
-def plot(rows: Sequence[dict[str, Any]], path: str, title: str) -> None:
+def plot(rows: Sequence[Row], path: str, title: str) -> None:
     """Tokens per second as bars, with their spread: a panel per cell."""
     from matplotlib.figure import Figure
 

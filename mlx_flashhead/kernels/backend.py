@@ -79,6 +79,7 @@ class Kernel:
 
     @cached_property
     def metal(self) -> Launch:
+        """The kernel in Metal."""
         made = mx.fast.metal_kernel(
             f"flashhead_{self.name}",
             self.inputs,
@@ -90,6 +91,7 @@ class Kernel:
 
     @cached_property
     def cuda(self) -> Launch:
+        """The kernel in CUDA."""
         # Metal declares threadgroup memory as it qualifies pointers to it.
         shared = re.sub(r"\bthreadgroup (\w+ \w+\[)", r"__shared__ \1", self.source)
         made = mx.fast.cuda_kernel(
@@ -164,7 +166,8 @@ def unused() -> mx.array:
 
 
 def mlx_version() -> str:
-    return str(mx.__version__)  # type: ignore[attr-defined]
+    """Version of the installed MLX."""
+    return str(mx.__version__)  # type: ignore[attr-defined]  # not in its stubs
 
 
 def device_name() -> str:
