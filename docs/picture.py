@@ -125,12 +125,12 @@ def draw() -> Figure:
     _say(ax, 17.65, 4.5, "token")
     _say(
         ax,
-        18.3,
-        6.6,
-        "3. the rest is one entry,\nthe tail; one cluster\nof it, drawn by its mass,\n"
-        "is scored, too",
+        18.25,
+        6.5,
+        "3. sampling: all else is\none entry, the tail. One\nof its clusters, drawn\n"
+        "by mass, is scored, too.",
         color=TAIL,
-        fontsize=9.5,
+        fontsize=9,
     )
     total = mb["centroids"] + mb["rows"]
     _say(ax, 14.2, 0.8, f"{total:.1f} MB a token", fontsize=14, color=READ)
