@@ -102,15 +102,22 @@ kernels.main()
 """
 # Options that make a command short, added to it.
 SHORTER = {
-    "mlx_flashhead.benchmark --model FOLDER": "--quick",
+    "mlx_flashhead.benchmark --model FOLDER": "--quick --no-load",
     "mlx_flashhead.benchmark": "--repeats 1 --max-tokens 4",
+    "mlx_flashhead.evaluate": "--tokens 200 --max-tokens 8",
     "mlx_flashhead.run mlx_lm.benchmark": "-n 1",
     "python benchmarks/draws.py": "--draws 2000",
     "python benchmarks/scaling.py": "--steps 1 --repeats 1 --sweeps bits",
-    "python benchmarks/load.py": "--repeats 1",
     "python benchmarks/gpu_check.py": "--self-test",
     "python benchmarks/recall.py": "--tokens 500",
     "python examples/": "--max-tokens 4",
+}
+# Commands that several sections have and that change nothing: the first one runs them.
+ONCE = {
+    "mlx_flashhead.benchmark --model gemma-3-1b-flash --quick",
+    "mlx_flashhead.doctor",
+    "python benchmarks/kernels.py",
+    "python benchmarks/kernels.py --predict",
 }
 # What people type.
 TYPED = {"mlx_flashhead.chat": "Hello\nq\n"}
@@ -123,14 +130,14 @@ COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scri
 # ---- commands and code ---------------------------------------------------------------
 
 
-def runs(command: str) -> bool:
-    return command not in ELSEWHERE
+def runs(command: str, section: Section) -> bool:
+    first = next(s for s in SECTIONS if command in s.commands)
+    return command not in ELSEWHERE and (command not in ONCE or section is first)
 
 
 def runnable(section: Section) -> bool:
-    return any(map(runs, section.commands)) or any(
-        k == "python" for k, _ in section.blocks
-    )
+    code = any(kind == "python" for kind, _ in section.blocks)
+    return code or any(runs(command, section) for command in section.commands)
 
 
 def chosen(request: pytest.FixtureRequest) -> list[Section]:
@@ -185,8 +192,6 @@ class Place:
             if "--overwrite" not in command
             for made in outputs(command)
         }
-        if "examples/convert_gguf.py" in section.text:
-            made.add("FOLDER")
         for thing in self.things.iterdir():
             if thing.name in made:
                 continue
@@ -237,8 +242,7 @@ def smaller(command: str, port: int) -> str:
     for long, short in SMALLER.items():
         command = re.sub(rf"{re.escape(long)}(?!\S)", short, command)
     for start, options in SHORTER.items():
-        evaluates = "evaluate_text" in command
-        if command.startswith(start) and not evaluates:
+        if command.startswith(start):
             command += f" {options}"
     return command.replace("8080", str(port))
 
@@ -264,8 +268,9 @@ class Visit:
         try:
             for kind, text in self.section.blocks:
                 if kind == "bash":
-                    for command in filter(runs, documents.lines(text)):
-                        self.command(command)
+                    for command in documents.lines(text):
+                        if runs(command, self.section):
+                            self.command(command)
                 elif kind == "python" and code:
                     (self.folder / "code.py").write_text(code)
                     self.succeed(["python", "code.py"], "the code")
@@ -296,6 +301,7 @@ class Visit:
             timeout=300,
             **options,
         )
+            f"{time.time() - _t:6.1f} {self.section.name} {what}\n"
         said = f"{what}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         assert done.returncode == 0, said
         assert "Traceback" not in done.stderr, said
@@ -347,6 +353,7 @@ def test_no_command_is_left_out():
     for section in SECTIONS:
         # A block of another kind could hide commands.
         assert {kind for kind, _ in section.blocks} <= known, section.name
+    assert every >= ONCE
     everything = "\n".join(every)
     for unused in (*SMALLER, *SHORTER, *TYPED, *SERVERS):
         assert unused in everything, f"{unused} is in no command"
@@ -451,7 +458,9 @@ def test_options_in_the_text_exist():
         params = command_of(name).params
         every |= {flag for p in params for flag in flags(p)}
     for section in SECTIONS:
-        for span in filter(runs, section.spans):
+        for span in section.spans:
+            if span in ELSEWHERE:
+                continue
             named = re.findall(r"(?<![\w-])(--?[a-z][\w-]*)", span)
             assert set(named) <= every, f"{section.name}: {span}"
 
