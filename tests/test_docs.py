@@ -301,7 +301,6 @@ class Visit:
             timeout=300,
             **options,
         )
-            f"{time.time() - _t:6.1f} {self.section.name} {what}\n"
         said = f"{what}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
         assert done.returncode == 0, said
         assert "Traceback" not in done.stderr, said
