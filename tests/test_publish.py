@@ -138,6 +138,13 @@ def test_there_and_back(hub, machine, tmp_path, tied_source):
     assert "RepositoryNotFound" in failed
 
 
+def test_a_model_without_a_card(hub, machine, tmp_path, tied_source):
+    hub.add("org/base", content(tied_source))
+    machine.convert("--hf-path", "org/base", "--mlx-path", tmp_path / "made")
+    data = ModelCard.load(tmp_path / "made/README.md").data.to_dict()
+    assert data["base_model"] == "org/base" and "license" not in data
+
+
 def test_an_upload_replaces_what_mlx_lm_would_load(
     hub, machine, tmp_path, untied_source
 ):
@@ -155,14 +162,14 @@ def test_licences_go_along(hub, machine, tmp_path, untied_source):
     import shutil
 
     source = Path(shutil.copytree(untied_source, tmp_path / "source"))
-    head = "---\nlicense_name: own\nbase_model: a/b\n---\n"
+    head = "---\nlicense_name: own\nbase_model: a/b\nlanguage: de\n---\n"
     (source / "README.md").write_text(head)
     (source / "LICENSE.txt").write_text("Do good.")
     machine.convert("--hf-path", source, "--mlx-path", tmp_path / "made")
     assert (tmp_path / "made/LICENSE.txt").read_text() == "Do good."
     data = ModelCard.load(tmp_path / "made/README.md").data.to_dict()
     assert (data["license"], data["license_name"]) == ("other", "own")
-    assert data["base_model"] == "a/b"
+    assert data["base_model"] == "a/b" and data["language"] == "de"
 
 
 @pytest.mark.parametrize("repo, token", [("a/b/c", None), ("a/b", "hf_wrong")])

@@ -17,6 +17,7 @@ import openai
 import pytest
 
 from mlx_flashhead import load
+from mlx_flashhead.run import run as run_here
 
 PROMPT = "The quick brown fox"
 ALL = 126  # clusters
@@ -264,6 +265,15 @@ def test_errors_are_one_line(words):
     done = run("mlx_flashhead.run", *words, code=1)
     lines = [x for x in done.stderr.splitlines() if not x.startswith("Note:")]
     assert len(lines) == 1 and lines[0].startswith("Error: ")
+
+
+def test_a_package_that_is_missed_late(monkeypatch):
+    def main():
+        import no_such_package  # noqa: F401
+
+    monkeypatch.setattr("mlx_lm.perplexity.main", main)
+    with pytest.raises(ValueError, match="perplexity needs a package: .*no_such"):
+        run_here("mlx_lm.perplexity", [])
 
 
 def test_help_is_ours_and_theirs():
