@@ -102,8 +102,8 @@ kernels.main()
 """
 # Options that make a command short, added to it.
 SHORTER = {
-    "mlx_flashhead.benchmark --model FOLDER": "--quick --no-load",
-    "mlx_flashhead.benchmark": "--repeats 1 --max-tokens 4",
+    "mlx_flashhead.benchmark --model FOLDER": "--quick",
+    "mlx_flashhead.benchmark": "--repeats 1 --max-tokens 4 --no-load",
     "mlx_flashhead.evaluate": "--tokens 200 --max-tokens 8",
     "mlx_flashhead.run mlx_lm.benchmark": "-n 1",
     "python benchmarks/draws.py": "--draws 2000",
