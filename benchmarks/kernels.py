@@ -13,7 +13,7 @@ MLX compiles CUDA kernels as they are first used, seconds each, and keeps them o
 ``--shard 0/8`` to ``--shard 7/8`` side by side fill that store before the run that
 counts.
 
-usage: python benchmarks/kernels.py [--steps 64] [--models NAME ...] [--predict]
+usage: python benchmarks/kernels.py [--steps 64] [--models NAME ...]
        [--batch-sizes 1 2 4 ...] [--shard I/N]
 """
 
@@ -38,22 +38,6 @@ MODELS = {
 }
 CLUSTER_SIZE = 16
 TOP_P, TEMPERATURE = 0.95, 0.8
-
-# Published memory bandwidth, GB/s.
-BANDWIDTH = {
-    "M1": 68,
-    "M1 Pro": 200,
-    "M1 Max": 400,
-    "M2": 100,
-    "M2 Max": 400,
-    "M3": 100,
-    "M3 Max": 400,
-    "M3 Ultra": 819,
-    "M4": 120,
-    "M4 Pro": 273,
-    "M4 Max": 546,
-    "M5": 153,
-}
 
 
 def measure(
@@ -207,50 +191,25 @@ def show(result: dict[str, float], V: int, D: int, bandwidth: float) -> None:
     )
 
 
-# What a step took beyond its bytes on an NVIDIA H200, in microseconds: launches that
-# wait for each other, and kernels of a single threadgroup.
-BEYOND_BYTES = {"dense": 10, "FlashHead": 50}
-
-
-def predict() -> None:
-    """What bytes and published bandwidths say of Apple's chips. Not measured."""
-    print(
-        "\npredicted (not measured): head alone, us per token, greedy, 8-bit rows, from"
-    )
-    print("bytes at 80 % of the published bandwidth and what an H200 needs beyond them")
-    print(f"{'':10}" + "".join(f"{name:>22}" for name in MODELS))
-    for chip, gigabytes in BANDWIDTH.items():
-        cells = []
-        for V, D in MODELS.values():
-            dense, flash = (b / (0.8 * gigabytes * 1e3) for b in head_bytes(V, D, 8))
-            dense += BEYOND_BYTES["dense"]
-            flash += BEYOND_BYTES["FlashHead"]
-            cells.append(f"{dense:.0f} -> {flash:.0f} ({dense / flash:.1f}x)")
-        print(f"{chip:10}" + "".join(f"{cell:>22}" for cell in cells))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[])
     parser.add_argument("--shard", default="0/1", help="only compile a part")
-    parser.add_argument("--predict", action="store_true", help="only the prediction")
     options = parser.parse_args()
-    if not options.predict:
-        from mlx_flashhead.kernels import doctor
+    from mlx_flashhead.kernels import doctor
 
-        print(doctor.describe())
-        bandwidth = copy_bandwidth()
-        print(f"back-end {kernels.kind()}, copy bandwidth {bandwidth / 1e9:.0f} GB/s")
-        for name in options.models:
-            V, D = MODELS[name]
-            print(f"\n{name}: vocab_size {V}, hidden_size {D}", flush=True)
-            shard = tuple(map(int, options.shard.split("/")))
-            result = measure(V, D, options.steps, options.batch_sizes, shard)
-            if shard == (0, 1):
-                show(result, V, D, bandwidth)
-    predict()
+    print(doctor.describe())
+    bandwidth = copy_bandwidth()
+    print(f"back-end {kernels.kind()}, copy bandwidth {bandwidth / 1e9:.0f} GB/s")
+    for name in options.models:
+        V, D = MODELS[name]
+        print(f"\n{name}: vocab_size {V}, hidden_size {D}", flush=True)
+        shard = tuple(map(int, options.shard.split("/")))
+        result = measure(V, D, options.steps, options.batch_sizes, shard)
+        if shard == (0, 1):
+            show(result, V, D, bandwidth)
 
 
 if __name__ == "__main__":

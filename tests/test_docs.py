@@ -117,7 +117,7 @@ ONCE = {
     "mlx_flashhead.benchmark --model gemma-3-1b-flash --quick",
     "mlx_flashhead.doctor",
     "python benchmarks/kernels.py",
-    "python benchmarks/kernels.py --predict",
+    "python benchmarks/predict.py",
 }
 # What people type.
 TYPED = {"mlx_flashhead.chat": "Hello\nq\n"}
