@@ -57,6 +57,7 @@ def load(
         dense: Leave the dense head in place.
         **kwargs: What :func:`mlx_lm.load` takes (``lazy``, ``adapter_path``,
           ``tokenizer_config``, ``return_config``, ``revision``, ...).
+          ``trust_remote_code`` is the tokenizer's, too.
 
     Returns:
         ``(model, tokenizer)``, and the config where ``return_config`` is true.
@@ -65,6 +66,9 @@ def load(
         FormatError: The folder's FlashHead is missing or damaged.
         FileNotFoundError: There is no model there.
     """
+    # Left out, transformers asks on the terminal whether a tokenizer's code may run.
+    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    kwargs["tokenizer_config"] = trust | (kwargs.get("tokenizer_config") or {})
     with patched(n_probes=n_probes, dense=dense):
         loaded = utils.load(str(path_or_hf_repo), **kwargs)
     patch_decoding()
