@@ -372,12 +372,9 @@ except (ValueError, OSError) as e:
 
 
 def converting(source: Path, target: Path, limit: int = 0, room: str = ""):
-    """A process that is about to convert, once it is sent a line. Its folder for
-    temporary files is beside the source."""
-    (source.parent / "tmp").mkdir(exist_ok=True)
+    """A process that is about to convert, once it is sent a line."""
     process = subprocess.Popen(
         [sys.executable, "-c", CONVERT, str(source), str(target), str(limit), room],
-        env=os.environ | {"TMPDIR": str(source.parent / "tmp")},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -427,7 +424,6 @@ def kill(n: int, first_seed: int = 0) -> Counter:
             left = [p.name for p in here.iterdir()] if here.exists() else []
             assert all(name.startswith(".model.partial-") for name in left), left
             counts["left a hidden folder"] += bool(left)
-            assert list((source.parent / "tmp").iterdir()) == []
             # A retry takes as long as the conversion; one in five, and the last.
             if counts["killed"] % 5 == 0 or counts["killed"] == n:
                 convert(str(source), target, cluster_size=8, verbose=False)
