@@ -408,10 +408,12 @@ def kill(n: int, first_seed: int = 0) -> Counter:
         whole = time.perf_counter() - start
         shutil.rmtree(target)
         rng = random.Random(first_seed)
+        known: set[str] = set()
         while counts["killed"] < n:
             process = converting(source, target)
             _go(process)
-            time.sleep(rng.uniform(0, whole))
+            # Every other one towards the end, where the folder is written.
+            time.sleep(rng.uniform(0.7 * whole * (counts["killed"] % 2), whole))
             process.kill()
             process.communicate()
             if target.exists():
@@ -423,7 +425,11 @@ def kill(n: int, first_seed: int = 0) -> Counter:
             here = target.parent
             left = [p.name for p in here.iterdir()] if here.exists() else []
             assert all(name.startswith(".model.partial-") for name in left), left
-            counts["left a hidden folder"] += bool(left)
+            # What was killed before it had swept has left another's.
+            assert len(left) <= 1, left
+            counts["left a hidden folder"] += bool(set(left) - known)
+            counts["killed while writing"] += any(here.glob(".model*/result/*"))
+            known = set(left)
             # A retry takes as long as the conversion; one in five, and the last.
             if counts["killed"] % 5 == 0 or counts["killed"] == n:
                 convert(str(source), target, cluster_size=8, verbose=False)
