@@ -63,7 +63,7 @@ def serving(*words: str, log):
         # Clients that went away are the only trouble.
         gone = log.read_text().count("\nBrokenPipeError")
         gone += log.read_text().count("\nConnectionResetError")
-        assert log.read_text().count("Traceback") == gone
+        assert log.read_text().count("Traceback") == gone, log.read_text()
     finally:
         process.terminate()
         process.wait(20)
