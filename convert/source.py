@@ -13,6 +13,7 @@ from mlx.utils import tree_map_with_path
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
+from mlx_flashhead import verify
 from mlx_flashhead.files import HEAD_FILE, FormatError, head_config
 
 from .gguf import read_gguf
@@ -43,13 +44,17 @@ class Source:
             SourceError: mlx-lm cannot load it.
         """
         try:
-            loaded: Any = utils.load(
-                str(self.folder),
-                return_config=True,
-                lazy=True,
-                tokenizer_config={"trust_remote_code": self.trust_remote_code},
-                trust_remote_code=self.trust_remote_code,
-            )
+            n_tensors = verify.check_sizes(self.folder, head=False)
+            with verify.bounded(self.folder, n_tensors):
+                loaded: Any = utils.load(
+                    str(self.folder),
+                    return_config=True,
+                    lazy=True,
+                    tokenizer_config={"trust_remote_code": self.trust_remote_code},
+                    trust_remote_code=self.trust_remote_code,
+                )
+        except FormatError as e:
+            raise SourceError(str(e)) from e
         # Whatever mlx-lm, transformers or the model's own code say of bad files.
         except Exception as e:
             reason = " ".join(str(e).split()) or type(e).__name__

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,6 +41,7 @@ FORMAT_VERSION = 3
 HEAD_FILE = "flashhead.safetensors"
 CONFIG_KEY = "flashhead"
 _MAX_CONFIG_BYTES = 1 << 26
+_MAX_REAL = float(np.finfo(np.float32).max)
 
 
 class FormatError(ValueError):
@@ -55,9 +55,11 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         FormatError: It cannot be read, or is no object.
     """
     path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
+        if not path.is_file():
+            raise FormatError(f"{path} is not a file")
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise FormatError(f"{path} is too large to be a config")
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -211,8 +213,9 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
+    """Whether a value is a number that is finite in float32, too."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return number and abs(value) <= _MAX_REAL
 
 
 def _require(holds: bool, otherwise: str) -> None:

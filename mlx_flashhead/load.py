@@ -60,6 +60,7 @@ def load(
         return_config: Whether to return the config, too.
         **kwargs: What :func:`mlx_lm.load` takes (``lazy``, ``adapter_path``,
           ``tokenizer_config``, ``revision``, ...).
+          ``trust_remote_code`` is the tokenizer's, too.
 
     Returns:
         ``(model, tokenizer)``, and the config where ``return_config`` is true.
@@ -74,6 +75,9 @@ def load(
           errors of the hub come as they are.
         PatchError: The installed mlx-lm is not one that this package knows.
     """
+    # Left out, transformers asks on the terminal whether a tokenizer's code may run.
+    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
+    kwargs["tokenizer_config"] = trust | (kwargs.get("tokenizer_config") or {})
     with patched(n_probes=n_probes, dense=dense):
         loaded = utils.load(str(path_or_hf_repo), **kwargs)
     patch_decoding()

@@ -114,9 +114,12 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
         with _refusing(model_path):
             converted = head_config(model_path) is not None
             flash = converted and not (dense or switched_off())
-            if flash:
-                verify.check_sizes(model_path)
-            model, config = stock(model_path, True, *args, **kwargs)
+            guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if converted:
+                n_tensors = verify.check_sizes(model_path, head=flash)
+                guard = verify.bounded(model_path, n_tensors)
+            with guard:
+                model, config = stock(model_path, True, *args, **kwargs)
             if flash:
                 install(model, model_path, n_probes)
             elif converted:

@@ -2,8 +2,9 @@
 
 Two checks, of which the first costs nothing and comes before anything is allocated:
 
-- *Sizes*: the headers of the weight files fit the files, and the config asks for no
-  more layers than they hold.
+- *Sizes*: the headers of the weight files fit the files, no other file is larger than
+  what it is for, and the config asks for no more layers or modules than the weights
+  can fill.
 - *Bytes*: the SHA-256 of every weight file is the one that the converter stored. It is
   computed once per state of a file and remembered (:mod:`mlx_flashhead.cache`): after
   the first, loading costs what it costs without. Folders of versions 1 and 2 have the
@@ -14,16 +15,20 @@ Both tell damage and change, not malice: who can write the folder can write the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import stat
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from .cache import file_sha256, remembered
 from .files import (
@@ -38,6 +43,9 @@ from .table import Table
 # As mlx-lm finds them.
 _WEIGHTS = "model*.safetensors"
 _MAX_HEADER = 100_000_000
+# What loaders read whole: configs, tokenizers, chat templates.
+_TEXTS = {".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken"}
+_MAX_TEXT = 1 << 27
 _ITEM_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -54,24 +62,35 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(_WEIGHTS))
 
 
-def check_sizes(folder: str | Path) -> None:
-    """Check a converted folder before any of it is loaded.
+def check_sizes(folder: str | Path, head: bool = True) -> int:
+    """Check a model's folder before any of it is loaded.
+
+    Args:
+        head: Whether the FlashHead's file is checked, too.
+
+    Returns:
+        Number of tensors that the plain model's files hold.
 
     Raises:
-        FormatError: A file is damaged or missing, or the config asks for what the files
-          do not hold or for a file elsewhere.
+        FormatError: A file is damaged or far too large, or the config asks for what the
+          files do not hold or for a file elsewhere.
     """
     folder = Path(folder)
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _TEXTS and _size(file) > _MAX_TEXT:
+            raise FormatError(f"{file} is too large for what it is; get it again")
     config = read_config(folder)
     model_file = config.get("model_file")
     if model_file is not None and not _inside(folder, model_file):
         raise FormatError(
             f"{folder}: model_file {model_file!r:.80} is not in the folder"
         )
-    n_tensors = sum(check_safetensors(file) for file in weight_files(folder))
-    if (head := folder / HEAD_FILE).is_file():
-        check_safetensors(head)
-    for key, value in _items(config):
+    weights = weight_files(folder)
+    n_tensors = sum(map(check_safetensors, weights))
+    if head and (folder / HEAD_FILE).exists():
+        check_safetensors(folder / HEAD_FILE)
+    # Where there are none, mlx-lm says so.
+    for key, value in _items(config) if weights else ():
         if key not in _LAYER_COUNTS or not isinstance(value, (int, float)):
             continue
         if value > n_tensors:
@@ -79,6 +98,54 @@ def check_sizes(folder: str | Path) -> None:
                 f"{folder}: config.json asks for {key} = {value!r:.20}, the files hold "
                 f"{n_tensors} tensors; get or convert the model again"
             )
+    return n_tensors
+
+
+@contextlib.contextmanager
+def bounded(folder: str | Path, n_tensors: int) -> Iterator[None]:
+    """Refuse, while a model is built, far more modules than there are tensors for them:
+    configs ask for layers, experts or branches under many names, and each takes memory
+    before a weight is looked at.
+
+    Raises:
+        FormatError: There are.
+    """
+    # Models have up to two modules a tensor.
+    limit: float = 1000 + 10 * n_tensors
+    count = 0
+    init, thread = nn.Module.__init__, threading.get_ident()
+
+    def counted(self: nn.Module) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > limit:
+            raise FormatError(
+                f"{folder}: config.json asks for more than {limit} modules, the files "
+                f"hold {n_tensors} tensors; get or convert the model again"
+            )
+        init(self)
+
+    nn.Module.__init__ = counted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__init__ = init  # type: ignore[method-assign]
+        limit = math.inf
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        FormatError: It is none, such as a folder or a device, or cannot be read.
+    """
+    try:
+        state = file.stat()
+    except OSError as e:
+        raise FormatError(f"{file} cannot be read: {e.strerror}") from None
+    if not stat.S_ISREG(state.st_mode):
+        raise FormatError(f"{file} is not a file; get it again")
+    return state.st_size
 
 
 def _inside(folder: Path, name: Any) -> bool:
@@ -103,13 +170,13 @@ def check_safetensors(file: Path) -> int:
         FormatError: It does not, or the file cannot be read.
     """
     try:
-        size = file.stat().st_size
+        size = _size(file)
         with file.open("rb") as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
             if length > min(size - 8, _MAX_HEADER):
                 raise FormatError(f"{file} is no safetensors file, or cut off")
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length), object_pairs_hook=_unique)
     except OSError as e:
         raise FormatError(f"{file} cannot be read: {e.strerror}") from None
     except FormatError:
@@ -131,6 +198,15 @@ def check_safetensors(file: Path) -> int:
     if total > size - 8 - length:
         raise FormatError(f"{file} has tensors that overlap; get or convert it again")
     return len(header)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for one with a key twice, which another reader may
+    understand in another way."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def _n_bytes(entry: Any, room: int) -> int | None:

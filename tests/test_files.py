@@ -266,6 +266,7 @@ def test_token_ids_that_are_no_permutation(folder):
         ("tail_offset", 0.5),
         ("tail_offset", []),
         ("tail_offset", [0.5]),
+        ("tail_offset", [1e300] * 7),
         ("temperatures", [1.0]),
         ("temperatures", None),
         ("temperatures", [2.0, 1.4, 1.0, 0.75, 0.55, 0.4, 0.0]),

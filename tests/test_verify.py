@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import pytest
 import small_models
@@ -237,6 +238,9 @@ HEADERS = {
     "list": [1, 2],
     "deep": b"[" * 100_000,
     "not text": b"\xff\xfe",
+    "twice": b'{"a": {"shape": [4]}, "a": '
+    + json.dumps(entry([4], [0, 16])["a"]).encode()
+    + b"}",
     "overlap": entry([16], [0, 64]) | {"b": entry([16], [0, 64])["a"]},
 }
 
@@ -267,6 +271,41 @@ def test_more_layers_than_the_files_hold(folder, value):
     assert "n_layer" in complaint(folder)
 
 
+def test_more_modules_than_the_files_hold(folder):
+    """Under whatever name: here, llama builds a layer for each of a list."""
+    edit_json(
+        folder / "config.json",
+        lambda c: c.update(layer_types=["full_attention"] * 9999),
+    )
+    assert "modules" in complaint(folder)
+    with pytest.raises(FormatError, match="modules"):
+        load(folder, dense=True)
+    with pytest.raises(SourceError, match="modules"):
+        (folder / HEAD_FILE).unlink()
+        open_hf(str(folder), None, False).load(None)
+    # Others may have as many as they like.
+    assert len([nn.Module() for _ in range(3000)]) == 3000
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "model-2.safetensors", HEAD_FILE]
+)
+def test_what_is_no_file_is_never_read(folder, name):
+    """A pipe would be waited for, a device read without end."""
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert "not a file" in complaint(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to("/dev/zero")
+    assert "not a file" in complaint(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_texts_of_any_size(folder, name):
+    os.truncate(folder / name, 1 << 40)
+    assert f"{name} is too large" in complaint(folder)
+
+
 @pytest.mark.parametrize("text", ["[" * 100_000, "9" * 10_000, "{" * 5])
 def test_hostile_configs(folder, text):
     (folder / "config.json").write_text(f'{{"a": {text}')
@@ -282,7 +321,22 @@ def test_code_outside_the_folder_never_runs(folder, path):
     edit_json(folder / "config.json", lambda c: c.update(model_file=path))
     with pytest.raises(FormatError, match="not in the folder"):
         load(folder, trust_remote_code=True)
+    with pytest.raises(FormatError, match="not in the folder"):
+        load(folder, trust_remote_code=True, dense=True)
     assert not ran.exists()
+
+
+def test_nobody_is_asked_about_a_tokenizers_code(folder, monkeypatch):
+    ran = folder.parent / "ran"
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')")
+    edit_json(
+        folder / "tokenizer_config.json",
+        lambda c: c.update(
+            tokenizer_class="Odd", auto_map={"AutoTokenizer": ["mine.Odd", None]}
+        ),
+    )
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    assert "custom code" in complaint(folder) and not ran.exists()
 
 
 def test_code_in_the_folder_needs_leave(folder):
