@@ -404,8 +404,11 @@ def kill(n: int, first_seed: int = 0) -> Counter:
         target = Path(place, "here/model")
         process = converting(source, target)
         start = time.perf_counter()
-        process.communicate("\n")
+        _go(process)
+        while process.poll() is None and not target.exists():
+            time.sleep(0.002)
         whole = time.perf_counter() - start
+        process.communicate()
         shutil.rmtree(target)
         rng = random.Random(first_seed)
         known: set[str] = set()
