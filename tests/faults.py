@@ -389,6 +389,12 @@ def _go(process) -> None:
     process.stdin.flush()
 
 
+def _wait(process, folder: Path, pattern: str) -> None:
+    """Until something is there, or the process has ended."""
+    while process.poll() is None and not any(folder.glob(pattern)):
+        time.sleep(0.001)
+
+
 def _assert_whole(folder: Path) -> None:
     """That it loads, and that nothing hidden is beside it."""
     assert len(list(flash_heads(load(folder)[0]))) == 1
@@ -396,8 +402,9 @@ def _assert_whole(folder: Path) -> None:
 
 
 def kill(n: int, first_seed: int = 0) -> Counter:
-    """Kill n conversions in the middle, at random moments. No target is left, or a
-    whole one; the next conversion works and takes away what the killed one left."""
+    """Kill n conversions in the middle, at random moments, half of them while the
+    folder is written. No target is left, or a whole one; the next conversion works and
+    takes away what the killed one left."""
     counts: Counter = Counter()
     with tempfile.TemporaryDirectory() as place:
         source = small_models.write("llama", Path(place, "source"), VOCAB)
@@ -405,8 +412,7 @@ def kill(n: int, first_seed: int = 0) -> Counter:
         process = converting(source, target)
         start = time.perf_counter()
         _go(process)
-        while process.poll() is None and not target.exists():
-            time.sleep(0.002)
+        _wait(process, target.parent, target.name)
         whole = time.perf_counter() - start
         process.communicate()
         shutil.rmtree(target)
@@ -415,8 +421,12 @@ def kill(n: int, first_seed: int = 0) -> Counter:
         while counts["killed"] < n:
             process = converting(source, target)
             _go(process)
-            # Every other one towards the end, where the folder is written.
-            time.sleep(rng.uniform(0.7 * whole * (counts["killed"] % 2), whole))
+            if counts["killed"] % 2:
+                # The folder is written in a moment at the end.
+                _wait(process, target.parent, ".model*/result/*")
+                time.sleep(rng.uniform(0, 0.01))
+            else:
+                time.sleep(rng.uniform(0, whole))
             process.kill()
             process.communicate()
             if target.exists():
