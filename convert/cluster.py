@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_flashhead.linalg import group_sums, matmul, nearest, place
+from mlx_flashhead.linalg import group_sums, matmul, nearest, place, run_sums
 
 from .progress import Progress, silent
 
@@ -131,10 +131,9 @@ def balanced(
         candidates, similarity = _near_clusters(x, centroids, group, progress, stage)
         owner = match(candidates, similarity, room)
         owner = place_leftovers(x, centroids, owner, room)
-        # Too many groups for the GPU's way of summing.
-        centroids = _unit(group_sums(x, owner, n_clusters))
+        order = np.argsort(owner, kind="stable")
+        centroids = _unit(run_sums(x, order, cluster_size))
     members = np.full((n_clusters, cluster_size), n)
-    order = np.argsort(owner, kind="stable")
     starts = np.concatenate([[0], np.cumsum(room)[:-1]])
     members[owner[order], np.arange(n) - starts[owner[order]]] = order
     return members

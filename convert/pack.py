@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_flashhead.fidelity import measure, n_blocks
 from mlx_flashhead.head import ALWAYS, FlashHead
-from mlx_flashhead.linalg import matmul
+from mlx_flashhead.linalg import matmul, run_sums
 from mlx_flashhead.table import Table
 from mlx_flashhead.transform import Transform
 
@@ -31,7 +31,7 @@ TEMPERATURES = (2.0, 1.4, 1.0, 0.75, 0.55, 0.4, 0.3)
 def mean_centroids(clustering: Clustering, weight: np.ndarray) -> np.ndarray:
     """Mean of each cluster's rows, float32 ``[C, D]``, for ``weight [V, D]``: its
     product with a hidden state is the cluster's exact mean logit."""
-    sums = np.add.reduceat(weight[clustering.order], _starts(clustering), axis=0)
+    sums = run_sums(weight, clustering.order, clustering.token_ids.shape[1])
     return sums / _sizes(clustering)[:, None]
 
 
@@ -82,7 +82,7 @@ def fitted_centroids(
 def unit_centroids(clustering: Clustering, weight: np.ndarray) -> np.ndarray:
     """The paper's: directions of the sums of the rows' directions, ``[C, D]``."""
     x = weight / np.maximum(np.linalg.norm(weight, axis=1, keepdims=True), 1e-30)
-    sums = np.add.reduceat(x[clustering.order], _starts(clustering), axis=0)
+    sums = run_sums(x, clustering.order, clustering.token_ids.shape[1])
     return sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-30)
 
 
@@ -257,12 +257,6 @@ def _with(
     )
     new.transform = head.transform
     return new
-
-
-def _starts(clustering: Clustering) -> np.ndarray:
-    """Where each cluster starts in cluster order, ``[C]``."""
-    c, m = clustering.token_ids.shape
-    return np.arange(c) * m
 
 
 def _sizes(clustering: Clustering) -> np.ndarray:

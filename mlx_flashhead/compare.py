@@ -26,6 +26,7 @@ from .fidelity import (
     Implied,
     Logits,
     Truth,
+    centroid_logits,
     probed_clusters,
     row_order,
     stored_logits,
@@ -249,6 +250,7 @@ class Comparison:
                 Head(name, "dense", bits, None, False, head.vocab_size, table.nbytes)
             )
         self._stored = stored_logits(head)
+        self._centroid_logits = centroid_logits(head)
         stored = head.n_probes
         for p in ladder(head) if n_probes is None else sorted({stored, *n_probes}):
             name = f"FlashHead {p}"
@@ -274,7 +276,7 @@ class Comparison:
         for name, logits in self._dense.items():
             yield name, truth, Found(logits(h)), everything, None
         found = Found(self._stored(h))
-        scores = self._head.centroid_logits(mx.array(h))
+        scores = self._centroid_logits(h)
         masses = np.array(self._head.log_masses(scores))
         for name, p in self._flash.items():
             probes = self._head.select(scores, p)

@@ -120,12 +120,12 @@ def measure(
     """
     order = row_order(head)
     reference = Logits(head, weight[order], None if bias is None else bias[order])
-    stored = stored_logits(head)
+    stored, of_centroids = stored_logits(head), centroid_logits(head)
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     by_temperature: dict[float, list[list[np.ndarray]]] = {t: [] for t in temperatures}
     for s in blocks(len(states), len(order)):
         h = states[s]
-        true, own, scores = reference(h), stored(h), head.centroid_logits(mx.array(h))
+        true, own, scores = reference(h), stored(h), of_centroids(h)
         plain = Truth(true), Found(own)
         probed = probed_clusters(head.select(scores), head.n_clusters)
         parts.append((plain[0].recall(probed), plain[1].best(probed) == plain[0].best))
@@ -191,6 +191,17 @@ def stored_logits(head: FlashHead) -> Logits:
         bias = np.array(head.bias.astype(mx.float32)).reshape(-1)
     flat = head.rows.map(lambda a: a.reshape(-1, a.shape[-1]))
     return Logits(head, flat, bias)
+
+
+def centroid_logits(head: FlashHead) -> Callable[[np.ndarray], mx.array]:
+    """:meth:`FlashHead.centroid_logits` for many float32 states ``[n, D]`` at once."""
+    product = Product(head.centroids)
+
+    def logits(states: np.ndarray) -> mx.array:
+        y = mx.array(product(states))
+        return y if head.centroid_bias is None else y + head.centroid_bias
+
+    return logits
 
 
 def probed_clusters(probes: mx.array, n_clusters: int) -> np.ndarray:

@@ -53,9 +53,23 @@ def group_sums(x: Array, group: np.ndarray, n_groups: int) -> np.ndarray:
         for s in blocks(len(x), n_groups):
             total += (mx.array(group[s])[None] == names).astype(x.dtype) @ x[s]
         return np.array(total)
-    order = np.argsort(group, kind="stable")
-    present, start = np.unique(group[order], return_index=True)
-    sums[present] = np.add.reduceat(x[order], start, axis=0)
+    # One by one: ``np.add.reduceat`` takes twenty times as long.
+    ends = np.cumsum(np.bincount(group, minlength=n_groups))
+    for i, rows in enumerate(np.split(np.argsort(group, kind="stable"), ends[:-1])):
+        x[rows].sum(0, out=sums[i])
+    return sums
+
+
+def run_sums(x: np.ndarray, order: np.ndarray, length: int) -> np.ndarray:
+    """The sum of every ``length`` rows of ``x[order]``, of fewer in the end, float32
+    ``[ceil(n / length), D]``, for float32 ``x [., D]`` and ints ``order [n]``."""
+    sums = np.empty((-(-len(order) // length), x.shape[1]), np.float32)
+    whole = len(order) // length
+    for s in blocks(whole, length * x.shape[1]):
+        rows = order[s.start * length : s.stop * length]
+        x[rows].reshape(-1, length, x.shape[1]).sum(1, out=sums[s])
+    if whole < len(sums):
+        sums[-1] = x[order[whole * length :]].sum(0)
     return sums
 
 
@@ -79,7 +93,9 @@ class Product:
 
     def __call__(self, x: np.ndarray) -> Array:
         if isinstance(self._rows, Table):
-            return self._rows.matmul(mx.array(x)).astype(mx.float32)
+            # Not MLX's quantized product: for each size of x, CUDA compiles another,
+            # which takes 25 seconds.
+            return mx.array(x) @ self._rows.dequantize(mx.float32).T
         return x @ self._rows.T
 
 
@@ -110,7 +126,8 @@ def nearest(x: Array, centroids: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
             if k == 1:
                 top = mx.argmax(products, axis=-1, keepdims=True)
             else:
-                top = mx.argpartition(-products, kth=k - 1, axis=-1)[:, :k]
+                # MLX sorts for ``argpartition``, too.
+                top = mx.argsort(-products, axis=-1)[:, :k]
             best = np.array(top)
             value = np.array(mx.take_along_axis(products, top, axis=-1))
         else:
@@ -122,8 +139,10 @@ def nearest(x: Array, centroids: np.ndarray, k: int) -> tuple[np.ndarray, np.nda
             else:
                 best = np.broadcast_to(np.arange(k), block.shape)
             value = np.take_along_axis(block, best, axis=-1)
-        # Ties go to the lower index, so that the result is a pure function.
-        order = np.lexsort((best, -value), axis=-1)
-        ids[s] = np.take_along_axis(best, order, axis=-1)
-        similarity[s] = np.take_along_axis(value, order, axis=-1)
+            if k > 1:
+                # Ties go to the lower index, so that the result is a pure function.
+                order = np.lexsort((best, -value), axis=-1)
+                best = np.take_along_axis(best, order, axis=-1)
+                value = np.take_along_axis(value, order, axis=-1)
+        ids[s], similarity[s] = best, value
     return ids, similarity

@@ -51,7 +51,15 @@ def batch_states(
     all read at once. See :func:`stream_states`."""
     with watching(model, head_path) as seen:
         model(mx.array(tokens))
-    states = np.array(seen.states[-1][:, 1:].astype(mx.float32))
+    return finite(np.array(seen.states[-1][:, 1:].astype(mx.float32)))
+
+
+def finite(states: np.ndarray) -> np.ndarray:
+    """The states, if all are finite.
+
+    Raises:
+        StatesError: They are not.
+    """
     if not np.isfinite(states).all():
         raise StatesError(
             "the model's hidden states are not finite: its weights are damaged, or "
