@@ -1,4 +1,5 @@
-"""Calibration: the hidden states that a model's head sees on real text."""
+"""Calibration: the hidden states that a model's head sees on real text, and in a chat
+model's own answers to it."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_flashhead.linalg import matmul
 from mlx_flashhead.states import WINDOW, batch_states, hidden_states
 
+from . import answers
 from .progress import Progress, silent
 
 # Tokens taken from the text, evenly over its documents.
@@ -31,7 +33,8 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states, float32: ``fit [n, D]``, and ``held_out`` of other documents."""
+    """Hidden states, float32: ``fit [n, D]``, and ``held_out [., D]`` of documents that
+    nothing is fitted to."""
 
     fit: np.ndarray
     held_out: np.ndarray
@@ -93,16 +96,20 @@ def collect(
     head_path: str,
     documents: list[str],
     n_tokens: int = N_TOKENS,
+    n_answered: int = answers.N_TOKENS,
     progress: Progress = silent,
 ) -> States:
-    """Run the model over the documents and keep what its head is given.
+    """Run the model over the documents and keep what its head is given, also while a
+    model with a chat template answers their beginnings.
 
     Args:
         model: An mlx-lm model.
         tokenizer: Its tokenizer.
         head_path: Dotted path of its head.
         documents: Texts; each takes an even share of the tokens.
-        n_tokens: Tokens in all, at most.
+        n_tokens: Tokens of the documents in all, at most.
+        n_answered: Tokens of each answer, at most; 0 for no answers.
+        progress: Shows the stages.
     """
     share = max(16, n_tokens // len(documents))
     texts = [tokenizer.encode(text)[: share + 1] for text in documents]
@@ -115,6 +122,20 @@ def collect(
             ):
                 (held_out if i % HOLD_OUT == HOLD_OUT - 1 else fit).append(states)
                 step()
+    fitted = [d for i, d in enumerate(documents) if i % HOLD_OUT != HOLD_OUT - 1]
+    prompts = answers.prompts(tokenizer, fitted) if n_answered else None
+    if prompts is not None:
+        with progress("Calibration: answers", n_answered) as step:
+            fit.append(
+                answers.states(
+                    model,
+                    head_path,
+                    prompts,
+                    list(tokenizer.eos_token_ids),
+                    n_tokens=n_answered,
+                    step=step,
+                )
+            )
     return States(np.concatenate(fit), np.concatenate(held_out))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.linalg import BLOCK, product
+from mlx_flashhead.linalg import BLOCK, Array, product
 
 from .cluster import Clustering
 from .progress import Progress, silent
@@ -17,18 +17,18 @@ from .progress import Progress, silent
 def logits(
     clustering: Clustering,
     weight: np.ndarray,
-    right: np.ndarray,
+    right: Array,
     *,
     bias: np.ndarray | None = None,
     title: str = "",
     progress: Progress = silent,
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray | mx.array]]:
+) -> Iterator[tuple[slice, np.ndarray, Array]]:
     """Some clusters at a time: which, what of their rows is no padding, bool
     ``[., m]``, and the rows' logits, float32 ``[., m, n]``.
 
     Args:
         weight: Rows of the head, float32 ``[V, D]``.
-        right: Hidden states, float32 ``[D, n]``.
+        right: Hidden states, float32 ``[D, n]``, where :func:`place` has put them.
         bias: The head's bias, ``[V]``.
         title, progress: What to show, and how.
     """
@@ -51,7 +51,7 @@ def rows_of(clustering: Clustering, s: slice) -> np.ndarray:
     return np.where(ids < clustering.vocab_size, ids, 0)
 
 
-def best(logits: np.ndarray | mx.array, real: np.ndarray) -> np.ndarray:
+def best(logits: Array, real: np.ndarray) -> np.ndarray:
     """Largest logit of each cluster, float32 ``[., n]``.
 
     Args:
@@ -64,7 +64,7 @@ def best(logits: np.ndarray | mx.array, real: np.ndarray) -> np.ndarray:
 
 
 def log_mass(
-    logits: np.ndarray | mx.array,
+    logits: Array,
     real: np.ndarray,
     temperature: float = 1.0,
     scratch: np.ndarray | None = None,
@@ -89,5 +89,5 @@ def log_mass(
     return top / temperature + np.log(mass)
 
 
-def _like(block: np.ndarray | mx.array, a: np.ndarray) -> np.ndarray | mx.array:
+def _like(block: Array, a: np.ndarray) -> Array:
     return mx.array(a) if isinstance(block, mx.array) else a

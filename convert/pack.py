@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_flashhead.fidelity import measure, n_blocks
 from mlx_flashhead.head import ALWAYS, FlashHead
-from mlx_flashhead.linalg import matmul, run_sums
+from mlx_flashhead.linalg import matmul, place, run_sums
 from mlx_flashhead.table import Table
 from mlx_flashhead.transform import Transform
 
@@ -64,8 +64,8 @@ def fitted_centroids(
     scatter = centred.T @ centred
     # States that are all the same leave nothing to fit.
     ridge = max(np.trace(scatter) / len(states), 1e-30) * np.eye(len(scatter))
-    solve = np.linalg.solve(scatter + ridge, centred.T).T.astype(np.float32)
-    right = np.ascontiguousarray(states.T)
+    solve = place(np.linalg.solve(scatter + ridge, centred.T).T.astype(np.float32))
+    right = place(np.ascontiguousarray(states.T))
     title = "Fitting centroids"
     for s, real, logits in masses.logits(
         clustering, weight, right, bias=bias, title=title, progress=progress
@@ -214,7 +214,7 @@ def _statistics(
     transform = head.transform or Transform()
     spread = np.empty(c, np.float32)
     excess = np.empty((len(TEMPERATURES), c), np.float32)
-    right = np.ascontiguousarray(states.T)
+    right = place(np.ascontiguousarray(states.T))
     title = "Calibration: clusters"
     for s, real, logits in masses.logits(
         clustering, weight, right, bias=bias, title=title, progress=progress

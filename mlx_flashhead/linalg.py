@@ -24,14 +24,14 @@ def on_gpu() -> bool:
     return mx.default_device() == mx.Device(mx.gpu)
 
 
-def product(a: np.ndarray, b: np.ndarray) -> Array:
+def product(a: Array, b: Array) -> Array:
     """``a [n, k] @ b [k, m]`` in float32, left where it was computed."""
     return mx.array(a) @ mx.array(b) if on_gpu() else a @ b
 
 
-def matmul(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def matmul(a: Array, b: Array) -> np.ndarray:
     """``a [n, k] @ b [k, m]`` in float32."""
-    return np.array(product(a, b)) if on_gpu() else a @ b
+    return np.asarray(product(a, b))
 
 
 def place(a: np.ndarray) -> Array:

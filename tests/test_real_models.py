@@ -218,7 +218,12 @@ def test_smollm_beats_the_paper_on_the_same_states(smollm):
     model, tokenizer = smollm.dense
     documents = calibrate.read_documents(None)[::4]
     states = calibrate.collect(
-        model, tokenizer, "model.embed_tokens", documents, n_tokens=1024
+        model,
+        tokenizer,
+        "model.embed_tokens",
+        documents,
+        n_tokens=1024,
+        n_answered=0,
     )
     module = get_module(model, "model.embed_tokens")
     paper = build_head(

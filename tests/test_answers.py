@@ -1,0 +1,160 @@
+"""What a model answers in calibration, against the same texts read at once."""
+
+from __future__ import annotations
+
+import copy
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+import small_models
+from mlx_flashhead.convert import answers, calibrate
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_flashhead.attach import find_head
+from mlx_flashhead.states import StatesError, batch_states
+
+DOCUMENTS = [f"Document {i} tells of {i * i} things. " * 3 for i in range(9)]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3_text"])
+def case(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answers") / "source"
+    small_models.write(request.param, folder)
+    model, tokenizer = mlx_lm.load(str(folder))
+    return model, tokenizer, find_head(model)
+
+
+@pytest.fixture
+def chat(case):
+    """Gives the tokenizer a chat template, or none."""
+
+    def give(template: str | None) -> TokenizerWrapper:
+        inner = copy.deepcopy(case[1]._tokenizer)
+        inner.chat_template = template
+        return TokenizerWrapper(inner)
+
+    return give
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The tokens drawn, ``[B]`` each time."""
+    tokens = []
+    categorical = mx.random.categorical
+
+    def note(*args, **kwargs):
+        tokens.append(categorical(*args, **kwargs))
+        return tokens[-1]
+
+    monkeypatch.setattr(mx.random, "categorical", note)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "template",
+    [None, "{{ raise_exception('no') }}", "{{ nothing }}", "{% bad", "{{1/0}}"],
+)
+def test_without_a_template_that_shows_a_users_words_there_are_none(chat, template):
+    assert answers.prompts(chat(template), DOCUMENTS) is None
+
+
+def test_prompts_are_beginnings_of_documents_as_a_users_words(chat):
+    tokenizer = chat(TEMPLATE)
+    prompts = answers.prompts(tokenizer, ["too short", *DOCUMENTS])
+    assert answers.prompts(tokenizer, ["too short", ""]) is None
+    for ids, document in zip(prompts.tolist(), DOCUMENTS, strict=True):
+        words = tokenizer.encode(document, add_special_tokens=False)
+        shown = tokenizer.decode(words[: answers.N_GIVEN])
+        wanted = tokenizer.apply_chat_template(
+            [{"role": "user", "content": shown}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        assert "[user]" in wanted and wanted.endswith("[assistant]")
+        assert tokenizer.decode(ids) == wanted
+
+
+def test_many_documents_are_answered_in_all_their_parts(chat):
+    tokenizer = chat(TEMPLATE)
+    documents = [f"{i:03d} " + DOCUMENTS[0] for i in range(1000)]
+    prompts = answers.prompts(tokenizer, documents)
+    assert len(prompts) == answers.N_ANSWERS
+    shown = [tokenizer.decode(ids) for ids in prompts.tolist()]
+    numbers = [int(text.split("[user]")[1][:3]) for text in shown]
+    assert numbers == sorted(set(numbers))
+    assert numbers[0] < 20 and numbers[-1] > 980
+
+
+@pytest.mark.parametrize("n_given", [20, 1])
+def test_states_are_those_of_the_texts_read_at_once(case, drawn, n_given):
+    model, tokenizer, path = case
+    prompts = answers.prompts(tokenizer, DOCUMENTS)[:, :n_given]
+    found = answers.states(model, path, prompts, [], n_tokens=12)
+    texts = mx.concatenate([prompts, mx.stack(drawn, axis=1)], axis=1)
+    assert texts.shape == (len(DOCUMENTS), n_given + 12)
+    found = found.reshape(12, len(DOCUMENTS), -1).swapaxes(0, 1)
+    # What is read at once begins with the state after the second token.
+    wanted = batch_states(model, path, texts.tolist())[:, n_given - 1 : -1]
+    np.testing.assert_allclose(found[:, 1:], wanted, atol=2e-4)
+
+
+def test_the_same_prompts_give_the_same_states(case):
+    model, tokenizer, path = case
+    prompts = answers.prompts(tokenizer, DOCUMENTS)
+    once, again = (
+        answers.states(model, path, prompts, [], n_tokens=5) for _ in range(2)
+    )
+    assert np.array_equal(once, again)
+    assert len(np.unique(once, axis=0)) == 5 * len(DOCUMENTS)
+
+
+def test_an_answer_ends_with_a_stop_token(case, drawn):
+    model, tokenizer, path = case
+    prompts = answers.prompts(tokenizer, DOCUMENTS)
+    whole = answers.states(model, path, prompts, [], n_tokens=12)
+    tokens = np.stack([np.array(t) for t in drawn])  # [12, B]
+    stop = int(tokens[3, 2])
+    stopped = answers.states(model, path, prompts, [stop], n_tokens=12)
+    before = np.cumsum(tokens == stop, axis=0) - (tokens == stop)
+    assert 0 < (before > 0).sum() < before.size
+    assert np.array_equal(stopped, whole[(before == 0).reshape(-1)])
+
+
+def test_it_ends_when_all_answers_have(case, drawn):
+    model, tokenizer, path = case
+    steps = []
+    prompts = answers.prompts(tokenizer, DOCUMENTS)
+    states = answers.states(
+        model, path, prompts, range(small_models.VOCAB), step=lambda: steps.append(1)
+    )
+    assert len(states) == len(DOCUMENTS) and len(drawn) == 1
+    assert len(steps) == answers.N_TOKENS
+
+
+def test_states_that_are_no_numbers_are_an_error(case, monkeypatch):
+    model, tokenizer, path = case
+    prompts = answers.prompts(tokenizer, DOCUMENTS)
+    norm = next(m for n, m in model.named_modules() if n.endswith("model.norm"))
+    monkeypatch.setitem(norm, "weight", norm.weight * float("nan"))
+    with pytest.raises(StatesError, match="not finite"):
+        answers.states(model, path, prompts, [], n_tokens=2)
+
+
+def test_they_are_added_to_what_is_fitted(case):
+    model, tokenizer, path = case
+    text = calibrate.collect(model, tokenizer, path, DOCUMENTS, n_answered=0)
+    both = calibrate.collect(model, tokenizer, path, DOCUMENTS, n_answered=6)
+    assert np.array_equal(both.held_out, text.held_out)
+    assert np.array_equal(both.fit[: len(text.fit)], text.fit)
+    # One document of nine is held out, and not answered either.
+    fitted = DOCUMENTS[:4] + DOCUMENTS[5:]
+    prompts = answers.prompts(tokenizer, fitted)
+    stops = list(tokenizer.eos_token_ids)
+    own = answers.states(model, path, prompts, stops, n_tokens=6)
+    assert np.array_equal(both.fit[len(text.fit) :], own)
