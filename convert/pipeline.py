@@ -215,8 +215,9 @@ def convert(
                 str(clusters), table.weight.shape[0], table.hidden_size
             )
 
+        _check_finite(table, path)
         states = _states(source, tokenizer, path, documents, progress)
-        weight = _finite(np.array(table.dequantize(mx.float32)), path)
+        weight = np.array(table.dequantize(mx.float32))
         bias = _bias(module)
         if quantize:
             model, config = _quantize_body(
@@ -430,19 +431,18 @@ def _states(
     return calibrate.collect(model, tokenizer, path, documents, progress=progress)
 
 
-def _finite(weight: np.ndarray, path: str) -> np.ndarray:
-    """The rows ``[V, D]`` of the head at ``path``, if all are finite.
+def _check_finite(table: Table, path: str) -> None:
+    """Before anything is computed with the head at ``path``.
 
     Raises:
-        ConvertError: They are not.
+        ConvertError: Its rows are not all finite.
     """
-    bad = ~np.isfinite(weight).all(axis=1)
+    bad = np.array(mx.any(~mx.isfinite(table.dequantize(mx.float32)), axis=1))
     if bad.any():
         raise ConvertError(
             f"{path} has NaN or infinite weights in {bad.sum()} rows (first: token "
             f"{int(bad.argmax())}); the model file is damaged, get it again"
         )
-    return weight
 
 
 def _bias(module: nn.Module) -> np.ndarray | None:
