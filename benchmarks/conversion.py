@@ -104,9 +104,9 @@ def convert(source: str, target: str, stages_path: str) -> None:
     """Convert, and write what each stage took."""
     from mlx_flashhead.convert import pipeline
 
-    from mlx_flashhead.cli import exact_products
+    from mlx_flashhead.compute.device import disable_tf32
 
-    exact_products()
+    disable_tf32()
     stages: dict[str, float] = {}
 
     @contextmanager

@@ -19,10 +19,10 @@ import click
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead import candidates
+from mlx_flashhead.compute.table import Table
 from mlx_flashhead.head import FlashHead
-from mlx_flashhead.samplers import Settings
-from mlx_flashhead.table import Table
+from mlx_flashhead.integration.samplers import Settings
+from mlx_flashhead.sampling import draw as candidates
 
 
 class Replayed(FlashHead):

@@ -23,11 +23,12 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_flashhead import candidates, kernels
+from mlx_flashhead import kernels
 from mlx_flashhead.benchmarking.latency import chain, copy_bandwidth, dense_sample
+from mlx_flashhead.compute.table import Table
 from mlx_flashhead.head import FlashHead
-from mlx_flashhead.samplers import Settings
-from mlx_flashhead.table import Table
+from mlx_flashhead.integration.samplers import Settings
+from mlx_flashhead.sampling import draw as candidates
 
 # vocab_size, hidden_size
 MODELS = {

@@ -18,13 +18,13 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
-from mlx_flashhead.convert import calibrate
+from mlx_flashhead.convert import collect
 from mlx_flashhead.convert.pipeline import build_head
 from mlx_flashhead.convert.recipes import RECIPES
 from mlx_flashhead.convert.source import open_gguf, open_hf
 
-from mlx_flashhead.attach import find_head, get_module, head_table
-from mlx_flashhead.fidelity import measure
+from mlx_flashhead.evaluation.fidelity import measure
+from mlx_flashhead.integration.locate import find_head, get_module, head_table
 
 
 @click.command(context_settings={"show_default": True})
@@ -65,11 +65,11 @@ def main(
         path = find_head(model)
         table = head_table(get_module(model, path))
         runner = source.load_for_calibration()
-        states = calibrate.collect(runner, tokenizer, path, _documents(leave_out))
+        states = collect.collect(runner, tokenizer, path, _documents(leave_out))
         sets = {"held out": states.held_out}
         for text in texts:
             ids = tokenizer.encode(Path(text).read_text())[: tokens + 1]
-            sets[Path(text).name] = calibrate.hidden_states(runner, path, ids)
+            sets[Path(text).name] = collect.hidden_states(runner, path, ids)
         del runner
         weight = np.array(table.dequantize(mx.float32))
     stops = list(tokenizer.eos_token_ids)
@@ -123,7 +123,7 @@ def main(
 def _documents(leave_out):
     """The built-in calibration text without some domains."""
     documents = []
-    for line in calibrate.DEFAULT_TEXT.read_text().split("\n"):
+    for line in collect.DEFAULT_TEXT.read_text().split("\n"):
         if line.strip():
             document = json.loads(line)
             if document["domain"].split("-")[0] not in leave_out:

@@ -35,9 +35,9 @@ from mlx_flashhead.benchmarking.latency import (
     spread,
 )
 from mlx_flashhead.benchmarking.report import footer, machine, markdown_table
-from mlx_flashhead.candidates import draw
-from mlx_flashhead.samplers import Settings
-from mlx_flashhead.table import Table
+from mlx_flashhead.compute.table import Table
+from mlx_flashhead.integration.samplers import Settings
+from mlx_flashhead.sampling.draw import draw
 
 CLUSTER_SIZE, GROUP_SIZE = 16, 64
 GREEDY, TOP_P = Settings(), Settings(temp=0.8, top_p=0.95)

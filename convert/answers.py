@@ -13,8 +13,8 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_flashhead.attach import watching
-from mlx_flashhead.states import finite
+from mlx_flashhead.evaluation.states import finite
+from mlx_flashhead.integration.locate import watching
 
 # Answers written side by side, the tokens of a document that each is an answer to, and
 # those of an answer at most.

@@ -1,149 +1,132 @@
-"""Calibration: the hidden states that a model's head sees on real text, and in a chat
-model's own answers to it."""
+"""Calibration: what a cluster's score lacks, and the mass of what is not probed."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 
-import mlx.nn as nn
+import mlx.core as mx
 import numpy as np
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_flashhead.linalg import matmul
-from mlx_flashhead.states import WINDOW, batch_states, hidden_states
+from mlx_flashhead.compute.linalg import matmul, place
+from mlx_flashhead.evaluation.fidelity import measure, n_blocks
+from mlx_flashhead.head import ALWAYS, FlashHead, Transform
 
-from . import answers
+from . import masses
+from .clustering import Clustering
 from .progress import Progress, silent
 
-# Tokens taken from the text, evenly over its documents.
-N_TOKENS = 8192
-# Texts that the model reads side by side.
-BATCH = 4
-# One document in this many is held out from the fit, for the report.
-HOLD_OUT = 5
-
-DEFAULT_TEXT = Path(__file__).with_name("calibration.jsonl")
-
-
-class CalibrationError(ValueError):
-    """The calibration text cannot be used."""
+# Calibration states on which what a cluster's score lacks is fitted.
+N_FIT = 4096
+# The mean mass of a cluster is taken over one in this many of them: it settles sooner
+# than the bonus, and costs an exponential per logit.
+MASS_STRIDE = 4
+# Of those, states on which the tail offset is fitted.
+N_TAIL = 384
+# Temperatures at which the mass of a cluster is fitted, falling.
+TEMPERATURES = (2.0, 1.4, 1.0, 0.75, 0.55, 0.4, 0.3)
 
 
-@dataclass(frozen=True)
-class States:
-    """Hidden states, float32: ``fit [n, D]``, and ``held_out [., D]`` of documents that
-    nothing is fitted to."""
-
-    fit: np.ndarray
-    held_out: np.ndarray
-
-    def second_moment(self) -> np.ndarray:
-        """S = E[h h^T], float32 ``[D, D]``."""
-        return matmul(np.ascontiguousarray(self.fit.T), self.fit) / len(self.fit)
-
-
-def read_documents(path: str | Path | None) -> list[str]:
-    """Documents of a text file (blank lines separate paragraphs, which are joined
-    up to some 1,500 characters) or of JSON lines with a ``text`` field; without a
-    path, of the text that ships with the package.
-
-    Raises:
-        CalibrationError: The file is missing, not UTF-8, or too short.
-    """
-    path = DEFAULT_TEXT if path is None else Path(path)
-
-    def unusable(reason: str) -> CalibrationError:
-        return CalibrationError(f"--calibration-data {path}: {reason}")
-
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise unusable("not a UTF-8 text file") from None
-    except OSError as e:
-        raise unusable(e.strerror or "cannot be read") from None
-    if path.suffix == ".jsonl":
-        # Not splitlines(), which also splits at separators inside a string.
-        lines = [line for line in text.split("\n") if line.strip()]
-        try:
-            documents = [json.loads(line)["text"] for line in lines]
-        except (ValueError, KeyError, TypeError):
-            documents = [None]
-        if not all(isinstance(d, str) for d in documents):
-            raise unusable('each line must be JSON with a "text" field')
-    else:
-        documents = _join_paragraphs(text.split("\n\n"))
-    if len(documents) < HOLD_OUT or sum(map(len, documents)) < 5000:
-        raise unusable(
-            f"too short; give at least 5,000 characters in {HOLD_OUT} paragraphs"
-        )
-    return documents
-
-
-def _join_paragraphs(paragraphs: list[str], size: int = 1500) -> list[str]:
-    documents = [""]
-    for paragraph in filter(str.strip, paragraphs):
-        if len(documents[-1]) + len(paragraph) > size and documents[-1]:
-            documents.append("")
-        documents[-1] += paragraph + "\n\n"
-    return documents
-
-
-def collect(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    head_path: str,
-    documents: list[str],
-    n_tokens: int = N_TOKENS,
-    n_answered: int = answers.N_TOKENS,
+def calibrate(
+    head: FlashHead,
+    clustering: Clustering,
+    weight: np.ndarray,
+    states: np.ndarray,
+    *,
+    bias: np.ndarray | None = None,
+    use_spread: bool = True,
     progress: Progress = silent,
-) -> States:
-    """Run the model over the documents and keep what its head is given, also while a
-    model with a chat template answers their beginnings.
+) -> FlashHead:
+    """Fit what a cluster's score lacks, and the mass of what is not probed.
+
+    A cluster is wanted for its best row, not for its mean: its bonus (``spread``) is
+    the mean plus one standard deviation, over calibration states, of the best logit
+    in it less the score that its stored centroid gives. That also makes up for the
+    centroid's quantization.
 
     Args:
-        model: An mlx-lm model.
-        tokenizer: Its tokenizer.
-        head_path: Dotted path of its head.
-        documents: Texts; each takes an even share of the tokens.
-        n_tokens: Tokens of the documents in all, at most.
-        n_answered: Tokens of each answer, at most; 0 for no answers.
+        head: What :func:`pack` gave.
+        clustering: Which tokens stand together.
+        weight: Rows of the head, float32 ``[V, D]``.
+        states: Calibration states, float32 ``[n, D]``.
+        bias: The head's bias, ``[V]``.
+        use_spread: Whether to add the bonus; the paper has none.
         progress: Shows the stages.
+
+    Returns:
+        A head that shares its tables with the one that was given.
     """
-    share = max(16, n_tokens // len(documents))
-    texts = [tokenizer.encode(text)[: share + 1] for text in documents]
-    fit: list[np.ndarray] = []
-    held_out: list[np.ndarray] = []
-    with progress("Calibration: hidden states", len(documents)) as step:
-        for start in range(0, len(texts), BATCH):
-            for i, states in enumerate(
-                _batch_states(model, head_path, texts[start : start + BATCH]), start
-            ):
-                (held_out if i % HOLD_OUT == HOLD_OUT - 1 else fit).append(states)
-                step()
-    fitted = [d for i, d in enumerate(documents) if i % HOLD_OUT != HOLD_OUT - 1]
-    prompts = answers.prompts(tokenizer, fitted) if n_answered else None
-    if prompts is not None:
-        with progress("Calibration: answers", n_answered) as step:
-            fit.append(
-                answers.states(
-                    model,
-                    head_path,
-                    prompts,
-                    list(tokenizer.eos_token_ids),
-                    n_tokens=n_answered,
-                    step=step,
-                )
-            )
-    return States(np.concatenate(fit), np.concatenate(held_out))
+    chosen = np.random.default_rng(0).permutation(len(states))[:N_FIT]
+    states = states[np.sort(chosen)]
+    spread, excess = _statistics(head, clustering, weight, states, bias, progress)
+    if not use_spread:
+        spread = np.zeros_like(spread)
+    spread[: clustering.n_always] = ALWAYS
+    head = _with(head, spread, excess, (0.0,) * len(TEMPERATURES))
+    sample = states[:: max(1, len(states) // N_TAIL)]
+    with progress("Calibration: tail", n_blocks(head, len(sample))) as step:
+        found = measure(
+            head, weight, sample, bias=bias, temperatures=TEMPERATURES, step=step
+        )
+    offsets = tuple(found.at[t].fit_shift() for t in TEMPERATURES)
+    return _with(head, spread, excess, offsets)
 
 
-def _batch_states(
-    model: nn.Module, head_path: str, texts: list[list[int]]
-) -> list[np.ndarray]:
-    """:func:`hidden_states` of each text; at once where their lengths are equal."""
-    length = len(texts[0])
-    if length > WINDOW + 1 or any(len(t) != length for t in texts):
-        return [hidden_states(model, head_path, t) for t in texts]
-    return list(batch_states(model, head_path, texts))
+def _statistics(
+    head: FlashHead,
+    clustering: Clustering,
+    weight: np.ndarray,
+    states: np.ndarray,
+    bias: np.ndarray | None,
+    progress: Progress,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per cluster, over the states: mean + standard deviation of (best logit - score)
+    and, at each of TEMPERATURES, mean of (log mean exp(logit / T) - score / T), logits
+    and scores there being the model's."""
+    c = len(clustering.token_ids)
+    centroids = np.array(head.centroids.dequantize(mx.float32))
+    transform = head.transform or Transform()
+    spread = np.empty(c, np.float32)
+    excess = np.empty((len(TEMPERATURES), c), np.float32)
+    right = place(np.ascontiguousarray(states.T))
+    title = "Calibration: clusters"
+    for s, real, logits in masses.logits(
+        clustering, weight, right, bias=bias, title=title, progress=progress
+    ):
+        score = matmul(centroids[s], right)
+        sizes = real.sum(-1)
+        if bias is not None:
+            of_rows = np.where(real, bias[masses.rows_of(clustering, s)], 0)
+            score += (of_rows.sum(-1) / sizes)[:, None]
+        gain = masses.best(logits, real) - score
+        spread[s] = gain.mean(-1) + gain.std(-1)
+        some = transform(logits[..., ::MASS_STRIDE])
+        score = transform(score[:, ::MASS_STRIDE])
+        scratch = np.empty(some.shape, np.float32)
+        for i, t in enumerate(TEMPERATURES):
+            lacking = masses.log_mass(some, real, t, scratch) - score / t
+            excess[i, s] = lacking.mean(-1) - np.log(sizes)
+    return spread, excess
+
+
+def _with(
+    head: FlashHead,
+    spread: np.ndarray,
+    excess: np.ndarray,
+    tail_offset: Sequence[float],
+) -> FlashHead:
+    """The same head with ``spread [C]``, ``excess [n_temperatures, C]`` and tail
+    offsets at TEMPERATURES."""
+    new = FlashHead(
+        head.rows,
+        head.centroids,
+        head.token_ids,
+        head.vocab_size,
+        spread=mx.array(spread),
+        excess=mx.array(excess),
+        temperatures=TEMPERATURES,
+        tail_offset=tail_offset,
+        n_probes=head.n_probes,
+        bias=head.get("bias"),
+    )
+    new.transform = head.transform
+    return new

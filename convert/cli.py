@@ -12,8 +12,8 @@ from typing import Any
 import click
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
-from mlx_flashhead.blas import hint
-from mlx_flashhead.cli import exact_products, one_line_errors
+from mlx_flashhead.cli import one_line_errors
+from mlx_flashhead.compute.device import blas_hint, disable_tf32
 
 from .pipeline import GROUP_SIZES, HEAD_BITS, Q_MODES, convert, report_json
 from .recipes import RECIPES
@@ -108,9 +108,9 @@ def main(as_json: bool, **options: Any) -> None:
     mlx_flashhead.convert --hf-path google/gemma-3-1b-it
     mlx_flashhead.convert --gguf-path model.gguf --mlx-path my_model -q
     """
-    if message := hint():
+    if message := blas_hint():
         click.echo(message, err=True)
-    exact_products()
+    disable_tf32()
     with one_line_errors(), _leaving_clean():
         report = convert(**options)
     click.echo(report_json(report) if as_json else str(report))

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.linalg import BLOCK, Array, product
+from mlx_flashhead.compute.linalg import BLOCK, Array, product
 
-from .cluster import Clustering
+from .clustering import Clustering
 from .progress import Progress, silent
 
 

@@ -19,16 +19,22 @@ from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_flashhead import files, verify
-from mlx_flashhead.attach import find_head, find_transform, get_module, head_table
-from mlx_flashhead.fidelity import measure, n_blocks
+from mlx_flashhead.compute.table import Table
+from mlx_flashhead.evaluation.fidelity import measure, n_blocks
+from mlx_flashhead.folder import format as layout
+from mlx_flashhead.folder import integrity
 from mlx_flashhead.head import FlashHead, default_n_probes
-from mlx_flashhead.table import Table
-from mlx_flashhead.transform import Transform
+from mlx_flashhead.head.transform import Transform
+from mlx_flashhead.integration.locate import (
+    find_head,
+    find_transform,
+    get_module,
+    head_table,
+)
 
-from . import calibrate, cluster, pack, publish
-from .clusters import pack_clusters, read_clusters
+from . import calibrate, centroids, clustering, collect, pack, publish
 from .progress import Progress, bars, silent
+from .published import pack_clusters, read_clusters
 from .recipes import (
     RECIPES,
     SMALL_VOCABULARY,
@@ -192,7 +198,7 @@ def convert(
         raise ConvertError(f"--overwrite: {target} has the model that is converted")
     if upload_repo is not None:
         publish.check_upload(upload_repo)
-    documents = calibrate.read_documents(calibration_data)
+    documents = collect.read_documents(calibration_data)
     progress = bars if verbose else silent
     with staged(target, overwrite) as (result, workspace):
         with progress("Opening the model", 1) as step:
@@ -253,10 +259,10 @@ def convert(
             "held_out_tokens": len(held_out),
         }
         with progress("Writing", 2) as step, writing(target):
-            files.save_head(result, head)
+            layout.save_head(result, head)
             step()
             section = {
-                **files.describe(head, path, files.table_sha256(table)),
+                **layout.describe(head, path, layout.table_sha256(table)),
                 "recipe": recipe,
                 "seed": seed,
                 "calibration": "built-in"
@@ -268,10 +274,10 @@ def convert(
                 is_folder = Path(clusters).exists()
                 section["clusters"] = Path(clusters).name if is_folder else clusters
             report = _report(target, head, table, measured, start)
-            config.pop(files.CONFIG_KEY, None)
+            config.pop(layout.CONFIG_KEY, None)
             utils.save(result, source.folder, model, tokenizer, config)
-            for file in [*verify.weight_files(result), result / files.HEAD_FILE]:
-                verify.check_safetensors(file)
+            for file in [*integrity.weight_files(result), result / layout.HEAD_FILE]:
+                integrity.check_safetensors(file)
             publish.write_card(
                 result,
                 upload_repo or target.name,
@@ -280,7 +286,7 @@ def convert(
                 base=hf_path if source.folder != Path(source.name) else None,
                 source=source.folder,
             )
-            files.seal(result, section, verify.weight_files(result))
+            layout.seal(result, section, integrity.weight_files(result))
             step()
         result.chmod(0o755)
     if upload_repo is not None:
@@ -298,7 +304,7 @@ def build_head(
     table: Table,
     weight: np.ndarray,
     bias: np.ndarray | None,
-    states: calibrate.States,
+    states: collect.States,
     recipe: Recipe = RECIPES["default"],
     *,
     head_bits: int = 8,
@@ -333,8 +339,8 @@ def build_head(
     with progress("Clustering: metric", 1) as step:
         factor = None
         if recipe.hidden_state_metric:
-            factor = cluster.metric_factor(states.second_moment())
-        directions = cluster.directions(weight, factor)
+            factor = clustering.metric_factor(states.second_moment())
+        directions = clustering.directions(weight, factor)
         step()
     n_clusters = -(-len(weight) // cluster_size)
     by_default = n_probes is None
@@ -348,11 +354,11 @@ def build_head(
         if by_default and len(weight) <= SMALL_VOCABULARY:
             n_probes += -(-len(always) // cluster_size)
     if owner is None:
-        clustering = cluster.cluster(
+        clusters = clustering.cluster(
             directions, cluster_size, always=always, seed=seed, progress=progress
         )
     else:
-        clustering = pack_clusters(
+        clusters = pack_clusters(
             directions,
             owner,
             cluster_size,
@@ -362,17 +368,17 @@ def build_head(
         )
     del directions
     if recipe.fitted_centroids:
-        centroids = pack.fitted_centroids(
-            clustering, weight, states.fit, bias=bias, progress=progress
+        rows = centroids.fitted_centroids(
+            clusters, weight, states.fit, bias=bias, progress=progress
         )
     else:
-        centroids = pack.unit_centroids(clustering, weight)
+        rows = centroids.unit_centroids(clusters, weight)
     with progress("Packing", 1) as step:
         head = pack.pack(
-            clustering,
+            clusters,
             table,
             weight,
-            centroids,
+            rows,
             bias=bias,
             head_bits=head_bits,
             centroid_bits=centroid_bits,
@@ -382,9 +388,9 @@ def build_head(
         )
         mx.eval(head.parameters())
         step()
-    return pack.calibrate(
+    return calibrate.calibrate(
         head,
-        clustering,
+        clusters,
         weight,
         states.fit,
         bias=bias,
@@ -425,10 +431,10 @@ def _states(
     path: str,
     documents: list[str],
     progress: Progress,
-) -> calibrate.States:
+) -> collect.States:
     """Calibration states; the model that makes them is in memory only here."""
     model = source.load_for_calibration()
-    return calibrate.collect(model, tokenizer, path, documents, progress=progress)
+    return collect.collect(model, tokenizer, path, documents, progress=progress)
 
 
 def _check_finite(table: Table, path: str) -> None:

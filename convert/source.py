@@ -13,8 +13,9 @@ from mlx.utils import tree_map_with_path
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
-from mlx_flashhead import verify
-from mlx_flashhead.files import HEAD_FILE, FormatError, head_config
+from mlx_flashhead.compute.device import for_device, on_gpu
+from mlx_flashhead.folder import integrity
+from mlx_flashhead.folder.format import HEAD_FILE, FormatError, head_config
 
 from .gguf import read_gguf
 
@@ -44,8 +45,8 @@ class Source:
             SourceError: mlx-lm cannot load it.
         """
         try:
-            n_tensors = verify.check_sizes(self.folder, head=False)
-            with verify.bounded(self.folder, n_tensors):
+            n_tensors = integrity.check_sizes(self.folder, head=False)
+            with integrity.bounded(self.folder, n_tensors):
                 loaded: Any = utils.load(
                     str(self.folder),
                     return_config=True,
@@ -74,9 +75,8 @@ class Source:
         model, _ = utils.load_model(
             self.folder, lazy=True, trust_remote_code=self.trust_remote_code
         )
-        if mx.default_device() == mx.Device(mx.cpu):
-            model = utils.dequantize_model(model)
-            model.set_dtype(mx.float32)
+        if not on_gpu():
+            model = for_device(utils.dequantize_model(model))
         return model
 
 

@@ -19,12 +19,12 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
-from mlx_flashhead.convert.calibrate import hidden_states
+from mlx_flashhead.convert.collect import hidden_states
 
 from mlx_flashhead import demo_model, flash_heads, load
-from mlx_flashhead.attach import get_module, head_table
-from mlx_flashhead.fidelity import measure
-from mlx_flashhead.files import head_config
+from mlx_flashhead.evaluation.fidelity import measure
+from mlx_flashhead.folder.format import head_config
+from mlx_flashhead.integration.locate import get_module, head_table
 
 LICENSE = Path(__file__).parents[1] / "LICENSE"
 

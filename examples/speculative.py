@@ -19,7 +19,8 @@ With Gemma 3 270M it prints (long lines wrapped):
 import click
 from mlx_lm import stream_generate
 
-from mlx_flashhead import decode, demo_model, load
+from mlx_flashhead import demo_model, load
+from mlx_flashhead.integration import decode
 
 
 @click.command()

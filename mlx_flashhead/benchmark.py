@@ -15,12 +15,11 @@ from tqdm import tqdm
 from .benchmarking import conditions, loading, report
 from .benchmarking.competitors import HEADS, check, heads, other
 from .benchmarking.energy import meter
-from .benchmarking.latency import on_gpu, spread
+from .benchmarking.latency import spread
 from .benchmarking.matrix import SAMPLERS, Cell, Row, cells, limits, measure, n_runs
-from .blas import hint
-from .cli import Listed, one_line_errors
+from .cli import Listed, check_outputs, one_line_errors
+from .compute.device import blas_hint, on_gpu
 from .generate import _check_exists
-from .outputs import check_outputs
 
 
 def _one_of(names: Collection[str]) -> Callable[[str], str]:
@@ -102,7 +101,7 @@ def main(ctx: click.Context, /, **options: Any) -> None:
     Where batch sizes or prompts are not named, a GPU is given at most 16,384 prompt
     tokens at once; a CPU one sequence of at most 512. What is left out is said.
     """
-    if message := hint():
+    if message := blas_hint():
         click.echo(message, err=True)
     words = ["mlx_flashhead.benchmark", *ctx.meta["words"]]
     preload = os.environ.get("LD_PRELOAD")

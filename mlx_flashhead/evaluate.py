@@ -62,10 +62,9 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from .attach import find_transform
-from .blas import hint
-from .cli import Listed, exact_products, one_line_errors
-from .compare import (
+from .cli import Listed, check_outputs, one_line_errors
+from .compute.device import blas_hint, disable_tf32
+from .evaluation.compare import (
     NEAR_TIE,
     Comparison,
     Continuations,
@@ -74,10 +73,10 @@ from .compare import (
     own_reference,
     read_reference,
 )
-from .files import head_config, load_head
+from .evaluation.states import stream_states
+from .folder.format import head_config, load_head
+from .integration.locate import find_transform
 from .load import load
-from .outputs import check_outputs
-from .states import stream_states
 
 TOKENS = 2000
 MAX_TOKENS = 64
@@ -423,9 +422,9 @@ def main(
     \b
     mlx_flashhead.evaluate --model FOLDER --text a.txt --text b.txt
     """
-    if message := hint():
+    if message := blas_hint():
         click.echo(message, err=True)
-    exact_products()
+    disable_tf32()
     with one_line_errors():
         check_outputs({"--json": json_path, "--plot": plot_path})
         prompts = [] if prompts_path is None else read_prompts(prompts_path)

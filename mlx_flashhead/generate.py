@@ -16,10 +16,11 @@ from click.core import ParameterSource
 from mlx_lm.generate import main as mlx_lm_main
 from mlx_lm.generate import setup_arg_parser
 
-from . import decode, demo_model
-from .blas import hint
+from . import demo_model
 from .cli import one_line_errors
-from .patch import patched
+from .compute.device import blas_hint
+from .integration import decode
+from .integration.patch import patched
 from .run import OPTIONS
 
 
@@ -83,7 +84,7 @@ def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> 
     Takes what mlx_lm.generate takes. Without --model, uses the demo model, Gemma 3
     270M, converted on first use.
     """
-    if message := hint():
+    if message := blas_hint():
         click.echo(message, err=True)
     with one_line_errors():
         argv = given(ctx, _theirs)

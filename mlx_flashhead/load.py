@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .patch import patch_decoding, patched
+from .integration.patch import patch_decoding, patched
 
 
 @overload

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
-from .blas import hint
 from .cli import one_line_errors
-from .patch import patched
+from .compute.device import blas_hint
+from .integration.patch import patched
 
 # Of every command that loads a converted model.
 OPTIONS = [
@@ -63,7 +63,7 @@ def command(name: str, module: str | None, text: str) -> click.Command:
         if module is not None and {"-h", "--help"} & set(words):
             click.echo(f"{ctx.get_help()}\n\n{module} takes:\n")
             argv = ["--help"]
-        if message := hint():
+        if message := blas_hint():
             click.echo(message, err=True)
         with one_line_errors():
             run(target, argv, **options)

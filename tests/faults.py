@@ -32,12 +32,15 @@ import small_models
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from mlx_flashhead.convert import convert
-from mlx_flashhead.convert.clusters import ClustersError, read_clusters
 from mlx_flashhead.convert.gguf import GGUFError, read_gguf
 from mlx_flashhead.convert.gguf.tokenizer import build_tokenizer
+from mlx_flashhead.convert.published import ClustersError, read_clusters
 
-from mlx_flashhead import decode, files, flash_heads, load, verify
-from mlx_flashhead.files import CONFIG_KEY, HEAD_FILE, FormatError
+from mlx_flashhead import flash_heads, load
+from mlx_flashhead.folder import format as files
+from mlx_flashhead.folder import integrity
+from mlx_flashhead.folder.format import CONFIG_KEY, HEAD_FILE, FormatError
+from mlx_flashhead.integration import decode
 
 VOCAB = 1003
 PROMPT = mx.array([[84, 104, 101, 32, 113, 117, 105, 99, 107]])
@@ -115,7 +118,7 @@ def _edit(folder: Path, rng: random.Random, name: str, edit) -> None:
     edit(tensors)
     mx.save_safetensors(str(folder / name), tensors, {"format": "mlx"})
     if rng.random() < 0.5:
-        files.seal(folder, files.head_config(folder), verify.weight_files(folder))
+        files.seal(folder, files.head_config(folder), integrity.weight_files(folder))
 
 
 def wrong_shapes(folder, rng):
@@ -723,7 +726,7 @@ def _fuzz_gguf(place: Path):
 
 def _check(folder: Path) -> None:
     section = files.head_config(folder)
-    verify.check_sizes(folder)
+    integrity.check_sizes(folder)
     if section is not None:
         files.load_head(folder, section)
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_flashhead import FlashHead
-from mlx_flashhead.table import Table
+from mlx_flashhead.compute.table import Table
 
 
 def unpack(table: Table) -> np.ndarray:

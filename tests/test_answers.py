@@ -9,11 +9,11 @@ import mlx_lm
 import numpy as np
 import pytest
 import small_models
-from mlx_flashhead.convert import answers, calibrate
+from mlx_flashhead.convert import answers, collect
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_flashhead.attach import find_head
-from mlx_flashhead.states import StatesError, batch_states
+from mlx_flashhead.evaluation.states import StatesError, batch_states
+from mlx_flashhead.integration.locate import find_head
 
 DOCUMENTS = [f"Document {i} tells of {i * i} things. " * 3 for i in range(9)]
 TEMPLATE = (
@@ -148,8 +148,8 @@ def test_states_that_are_no_numbers_are_an_error(case, monkeypatch):
 
 def test_they_are_added_to_what_is_fitted(case):
     model, tokenizer, path = case
-    text = calibrate.collect(model, tokenizer, path, DOCUMENTS, n_answered=0)
-    both = calibrate.collect(model, tokenizer, path, DOCUMENTS, n_answered=6)
+    text = collect.collect(model, tokenizer, path, DOCUMENTS, n_answered=0)
+    both = collect.collect(model, tokenizer, path, DOCUMENTS, n_answered=6)
     assert np.array_equal(both.held_out, text.held_out)
     assert np.array_equal(both.fit[: len(text.fit)], text.fit)
     # One document of nine is held out, and not answered either.

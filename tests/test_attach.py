@@ -15,7 +15,9 @@ from small_heads import make_head
 from small_models import ARCHITECTURES
 
 from mlx_flashhead import FlashHead, flash_heads
-from mlx_flashhead.attach import (
+from mlx_flashhead.compute.table import Table
+from mlx_flashhead.head import FlashEmbedding
+from mlx_flashhead.integration.locate import (
     HeadNotFound,
     attach,
     find_head,
@@ -24,8 +26,6 @@ from mlx_flashhead.attach import (
     is_tied,
     watching,
 )
-from mlx_flashhead.head import FlashEmbedding
-from mlx_flashhead.table import Table
 
 TOKENS = mx.array([[5, 7, 11, 300]])
 

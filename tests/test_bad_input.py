@@ -20,7 +20,7 @@ from mlx_flashhead.convert.cli import main
 from mlx_flashhead.convert.staging import StagingError
 from test_gguf import gguf_tensors, reference_model, write_gguf
 
-from mlx_flashhead.attach import HeadNotFound
+from mlx_flashhead.integration.locate import HeadNotFound
 
 CASES = {}
 

@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_flashhead import benchmark as command
-from mlx_flashhead.attach import set_module
 from mlx_flashhead.benchmarking import (
     competitors,
     conditions,
@@ -24,7 +23,8 @@ from mlx_flashhead.benchmarking import (
 )
 from mlx_flashhead.benchmarking.latency import chain, chained, copy_bandwidth, spread
 from mlx_flashhead.benchmarking.matrix import CPU, GPU, Cell, cells
-from mlx_flashhead.decode import hidden_state
+from mlx_flashhead.integration.decode import hidden_state
+from mlx_flashhead.integration.locate import set_module
 
 DATA = Path(__file__).parent / "data"
 
@@ -241,7 +241,7 @@ def test_bad_models(tied_source, tied_folder, tmp_path):
 def test_without_matplotlib(tied_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("mlx_flashhead.outputs.find_spec", lambda name: None)
+    monkeypatch.setattr("mlx_flashhead.cli.find_spec", lambda name: None)
     result = invoke("--model", tied_folder, "--plot", tmp_path / "a.png")
     assert result.exit_code and "pip install matplotlib" in result.output
 

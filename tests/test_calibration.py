@@ -7,17 +7,18 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_flashhead.convert import calibrate, pack
-from mlx_flashhead.convert.calibrate import CalibrationError, States, read_documents
-from mlx_flashhead.convert.cluster import cluster, directions
+from mlx_flashhead.convert import calibrate, centroids, collect, pack
+from mlx_flashhead.convert.clustering import cluster, directions
+from mlx_flashhead.convert.collect import CalibrationError, States, read_documents
 from mlx_flashhead.convert.pipeline import build_head
 from mlx_flashhead.convert.recipes import RECIPES
 from small_heads import implied, unpack
 
-from mlx_flashhead import FlashHead, linalg
-from mlx_flashhead.fidelity import measure, n_blocks
+from mlx_flashhead import FlashHead
+from mlx_flashhead.compute import linalg
+from mlx_flashhead.compute.table import Table
+from mlx_flashhead.evaluation.fidelity import measure, n_blocks
 from mlx_flashhead.head import ALWAYS
-from mlx_flashhead.table import Table
 
 V, D, M = 299, 32, 8
 
@@ -40,14 +41,14 @@ class Case:
             self.clusters,
             Table(mx.array(self.weight), bits=32),
             self.weight,
-            pack.mean_centroids(self.clusters, self.weight),
+            centroids.mean_centroids(self.clusters, self.weight),
             bias=self.bias,
             head_bits=head_bits,
             **options,
         )
 
     def head(self, **options) -> FlashHead:
-        return pack.calibrate(
+        return calibrate.calibrate(
             self.packed,
             self.clusters,
             self.weight,
@@ -88,10 +89,10 @@ def test_the_centroid_gives_the_exact_mean_logit(bias):
 
 
 def test_fitted_centroids_are_the_ridge_regression_of_the_log_mass(case):
-    found = pack.fitted_centroids(
+    found = centroids.fitted_centroids(
         case.clusters, case.weight, case.states, bias=case.bias
     )
-    mean = pack.mean_centroids(case.clusters, case.weight)
+    mean = centroids.mean_centroids(case.clusters, case.weight)
     logits = case.logits(case.states)
     x = case.states.astype(np.float64)
     x = x - x.mean(0)
@@ -107,8 +108,8 @@ def test_fitted_centroids_are_the_ridge_regression_of_the_log_mass(case):
 
 @pytest.mark.parametrize("n", [1, 5])
 def test_few_states_change_centroids_little(case, n):
-    found = pack.fitted_centroids(case.clusters, case.weight, case.states[:n])
-    mean = pack.mean_centroids(case.clusters, case.weight)
+    found = centroids.fitted_centroids(case.clusters, case.weight, case.states[:n])
+    mean = centroids.mean_centroids(case.clusters, case.weight)
     assert np.isfinite(found).all()
     change = np.linalg.norm(found - mean, axis=1) / np.linalg.norm(mean, axis=1)
     assert np.median(change) < 0.5
@@ -117,7 +118,7 @@ def test_few_states_change_centroids_little(case, n):
 
 
 def test_unit_centroids_are_directions_of_summed_directions(case):
-    found = pack.unit_centroids(case.clusters, case.weight)
+    found = centroids.unit_centroids(case.clusters, case.weight)
     unit = case.weight / np.linalg.norm(case.weight, axis=1, keepdims=True)
     for centroid, members in zip(found, case.members()):
         total = unit[members].sum(0)
@@ -148,11 +149,11 @@ def test_bonus_is_mean_plus_deviation_of_the_best_logit_over_the_score(case):
             np.testing.assert_allclose(spread[c], above.mean() + above.std(), rtol=1e-3)
 
 
-@pytest.mark.parametrize("i", range(len(pack.TEMPERATURES)))
+@pytest.mark.parametrize("i", range(len(calibrate.TEMPERATURES)))
 def test_excess_is_the_mean_log_mass_over_the_score(case, i):
-    head, t = case.head(), pack.TEMPERATURES[i]
+    head, t = case.head(), calibrate.TEMPERATURES[i]
     assert head.temperatures[i] == t
-    some = case.states[:: pack.MASS_STRIDE]
+    some = case.states[:: calibrate.MASS_STRIDE]
     logits, scores = case.logits(some) / t, case.scores(head, some) / t
     for c, members in enumerate(case.members()):
         best = logits[:, members].max(1)
@@ -269,7 +270,7 @@ def test_measure_does_not_depend_on_blocks(case, monkeypatch):
 @pytest.mark.parametrize("temperature", [0.55, 1.0, 1.4])
 def test_the_tail_offset_has_the_least_divergence(case, temperature):
     head = case.head()
-    i = pack.TEMPERATURES.index(temperature)
+    i = calibrate.TEMPERATURES.index(temperature)
     fitted = head.tail_offset
     temperatures = {"temperatures": (temperature, 1.0), "bias": case.bias}
 
@@ -335,7 +336,7 @@ def test_second_moment():
 
 def test_built_in_text_is_of_several_domains():
     documents = read_documents(None)
-    assert len(documents) >= 5 * calibrate.HOLD_OUT
+    assert len(documents) >= 5 * collect.HOLD_OUT
     assert sum(map(len, documents)) > 20_000
     text = "".join(documents)
     assert any("\u4e00" <= c <= "\u9fff" for c in text)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from mlx_lm.sample_utils import make_logits_processors
 from small_heads import expected, implied, make_head, random_states
 
-from mlx_flashhead.attach import find_head, find_transform
-from mlx_flashhead.candidates import draw, fits, full_logits, logprobs
-from mlx_flashhead.samplers import Settings, read_processors
-from mlx_flashhead.transform import Transform
+from mlx_flashhead.head.transform import Transform
+from mlx_flashhead.integration.locate import find_head, find_transform
+from mlx_flashhead.integration.samplers import Settings, read_processors
+from mlx_flashhead.sampling.draw import draw, fits, full_logits, logprobs
 
 D = 32
 

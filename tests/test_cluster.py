@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from mlx_flashhead.convert import cluster as clusters
-from mlx_flashhead.convert.cluster import cluster, directions, match, metric_factor
+from mlx_flashhead.convert import clustering as clusters
+from mlx_flashhead.convert.clustering import cluster, directions, match, metric_factor
 from mlx_flashhead.convert.recipes import N_FREQUENT, always_tokens
 
-from mlx_flashhead import linalg
+from mlx_flashhead.compute import linalg
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_flashhead.convert import convert
-from mlx_flashhead.convert.cluster import cluster, directions
-from mlx_flashhead.convert.clusters import ClustersError, pack_clusters, read_clusters
+from mlx_flashhead.convert.clustering import cluster, directions
+from mlx_flashhead.convert.published import ClustersError, pack_clusters, read_clusters
 
 from mlx_flashhead import flash_heads, load
-from mlx_flashhead.files import head_config
+from mlx_flashhead.folder.format import head_config
 
 V, D = 1003, 64
 

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import small_models
 from mlx.utils import tree_flatten
-from mlx_flashhead.convert import calibrate, convert, pipeline
+from mlx_flashhead.convert import collect, convert, pipeline
 from mlx_lm.utils import load_model
 from small_heads import unpack
 from test_gguf import gguf_tensors, reference_model, write_gguf
 
-from mlx_flashhead import FlashHead, flash_heads, linalg, load
-from mlx_flashhead.attach import find_head, get_module, head_table
-from mlx_flashhead.files import HEAD_FILE, head_config
+from mlx_flashhead import FlashHead, flash_heads, load
+from mlx_flashhead.compute import linalg
+from mlx_flashhead.compute.table import Table
+from mlx_flashhead.folder.format import HEAD_FILE, head_config
 from mlx_flashhead.head import ALWAYS
-from mlx_flashhead.table import Table
+from mlx_flashhead.integration.locate import find_head, get_module, head_table
 
 TOKENS = mx.array([[72, 101, 108, 108, 111]])
 
@@ -370,7 +371,7 @@ def test_calibration_data(untied_source, tmp_path, suffix):
     _, builtin = make(untied_source, tmp_path / "builtin")
     assert not mx.array_equal(head.spread, builtin.spread)
     # Of twelve texts the fifth and the tenth are held out.
-    share = calibrate.N_TOKENS // 12
+    share = collect.N_TOKENS // 12
     held_out = [min(len(texts[i]), share + 1) - 1 for i in (4, 9)]
     assert report.held_out_tokens == sum(held_out[:1]) == 682  # every second
 
@@ -424,8 +425,8 @@ def test_the_report_is_true(tmp_path, monkeypatch, name, on_gpu):
 
     model, tokenizer = mlx_lm.load(str(source))
     path = find_head(model)
-    documents = calibrate.read_documents(None)
-    states = calibrate.collect(model, tokenizer, path, documents).held_out
+    documents = collect.read_documents(None)
+    states = collect.collect(model, tokenizer, path, documents).held_out
     states = states[:: -(-len(states) // pipeline.N_REPORT)]
     assert report.held_out_tokens == len(states)
     weight = np.array(table.weight).astype(np.float64)

@@ -21,7 +21,8 @@ from mlx_lm.models import cache as caches
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_flashhead import FlashHead, decode, flash_heads, load, patch, patched, unpatch
+from mlx_flashhead import FlashHead, flash_heads, load, patch, patched, unpatch
+from mlx_flashhead.integration import decode
 
 generate = importlib.import_module("mlx_lm.generate")
 STOCK = [

@@ -17,12 +17,19 @@ from mlx_lm import utils
 from small_heads import Made, expected, implied, make_head, random_states, unpack
 from test_gguf import gguf_tensors, reference_model, write_gguf
 
+from mlx_flashhead import cli, load
 from mlx_flashhead import evaluate as command
-from mlx_flashhead import linalg, load, outputs
-from mlx_flashhead.compare import MEASURES, Comparison, Reference, Sums, ladder
+from mlx_flashhead.compute import linalg
+from mlx_flashhead.compute.table import Table
+from mlx_flashhead.evaluation.compare import (
+    MEASURES,
+    Comparison,
+    Reference,
+    Sums,
+    ladder,
+)
 from mlx_flashhead.head import ALWAYS
-from mlx_flashhead.table import Table
-from mlx_flashhead.transform import Transform
+from mlx_flashhead.head.transform import Transform
 
 TEXT = "The quick brown fox jumps over the lazy dog; 3 + 4 = 7, and so on. " * 9
 OTHER = "def f(x):\n    return [y ** 2 for y in range(x) if y % 3]\n\n" * 7
@@ -409,7 +416,7 @@ def test_bad_input_gives_one_line(name, tied_source, tied_folder, texts, bad_fil
 def test_without_matplotlib_the_plot_is_refused_first(
     tied_folder, texts, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(outputs, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
     options = ["--model", tied_folder, "--text", texts[0], "--plot", tmp_path / "a.png"]
     code, output = run(*options)
     assert code == 1 and "pip install" in output.splitlines()[-1]

@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten
 from small_heads import make_head, random_states
 
 from mlx_flashhead import FlashHead, flash_heads, load
-from mlx_flashhead.files import (
+from mlx_flashhead.compute.table import Table
+from mlx_flashhead.folder.format import (
     CONFIG_KEY,
     FORMAT_VERSION,
     HEAD_FILE,
@@ -26,7 +27,6 @@ from mlx_flashhead.files import (
     save_head,
     table_sha256,
 )
-from mlx_flashhead.table import Table
 
 
 def tensors_of(head: FlashHead) -> dict[str, mx.array]:

@@ -18,9 +18,10 @@ from click.testing import CliRunner
 from mlx_flashhead.convert.cli import main as convert_command
 from mlx_lm import utils
 
-from mlx_flashhead import blas, demo_model, flash_heads, load
+from mlx_flashhead import demo_model, flash_heads, load
+from mlx_flashhead.compute import device
 from mlx_flashhead.demo import main as demo_command
-from mlx_flashhead.files import HEAD_FILE, head_config
+from mlx_flashhead.folder.format import HEAD_FILE, head_config
 from mlx_flashhead.generate import main as generate_command
 
 # The module; the package has a function of this name.
@@ -349,9 +350,9 @@ def test_demo_with_a_damaged_folder(untied_folder, tmp_path):
 
 
 def test_the_hint_is_one_line_and_only_where_it_helps(monkeypatch):
-    monkeypatch.setattr(blas.platform, "system", lambda: "Darwin")
-    assert blas.hint() is None
-    monkeypatch.setattr(blas.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(device.platform, "system", lambda: "Darwin")
+    assert device.blas_hint() is None
+    monkeypatch.setattr(device.platform, "system", lambda: "Linux")
 
     class Maps:
         text = "/usr/lib/libopenblas.so.0"
@@ -365,11 +366,11 @@ def test_the_hint_is_one_line_and_only_where_it_helps(monkeypatch):
         def read_text(self):
             return self.text
 
-    monkeypatch.setattr(blas, "Path", Maps)
-    assert blas.hint() is None
+    monkeypatch.setattr(device, "Path", Maps)
+    assert device.blas_hint() is None
     Maps.text = "/usr/lib/libblas.so.3"
     if mx.default_device() == mx.Device(mx.cpu):
-        assert "LD_PRELOAD" in blas.hint() and "\n" not in blas.hint()
+        assert "LD_PRELOAD" in device.blas_hint() and "\n" not in device.blas_hint()
 
 
 # ---------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 from small_heads import expected, make_head, random_states, unpack
 
 from mlx_flashhead import FlashHead
+from mlx_flashhead.compute.table import Table
 from mlx_flashhead.head import ALWAYS, FlashEmbedding, default_n_probes
-from mlx_flashhead.table import Table
 
 # bits of the rows, of the centroids, and dtype of what is not quantized
 FORMATS = [
@@ -215,7 +215,7 @@ def test_on_a_gpu_large_batches_go_dense(monkeypatch):
     head = make_head(n_probes=3).head
     assert not head.prefers_dense(10_000)
     gpu = mx.Device(mx.gpu)
-    monkeypatch.setattr("mlx_flashhead.head.mx.default_device", lambda: gpu)
+    monkeypatch.setattr("mlx_flashhead.compute.device.mx.default_device", lambda: gpu)
     limits = {False: 0.55, True: 2.5}
     for sorts, limit in limits.items():
         dense = [head.prefers_dense(n, sorts) for n in range(1, 80)]

@@ -20,9 +20,9 @@ from small_heads import unpack
 
 import mlx_flashhead
 from mlx_flashhead import FlashHead, flash_heads, load, patch, patched, unpatch
-from mlx_flashhead.files import HEAD_FILE, head_config, seal
+from mlx_flashhead.folder.format import HEAD_FILE, head_config, seal
 from mlx_flashhead.head import FlashEmbedding
-from mlx_flashhead.patch import PatchError
+from mlx_flashhead.integration.patch import PatchError
 
 STOCK = utils.load_model
 PATTERNS = list(utils.DEFAULT_ALLOW_PATTERNS)

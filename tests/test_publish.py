@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import ModelCard
 from test_clusters import publish as publish_clusters
 
-from mlx_flashhead.files import HEAD_FILE
+from mlx_flashhead.folder.format import HEAD_FILE
 
 LOAD = """
 import sys, numpy as np, mlx.core as mx

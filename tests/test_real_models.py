@@ -24,7 +24,7 @@ import mlx_lm
 import numpy as np
 import pytest
 import real_models
-from mlx_flashhead.convert import calibrate
+from mlx_flashhead.convert import collect
 from mlx_flashhead.convert.pipeline import build_head
 from mlx_flashhead.convert.recipes import RECIPES
 from mlx_lm.utils import load_model
@@ -32,7 +32,7 @@ from mlx_lm.utils import load_model
 import mlx_flashhead
 from mlx_flashhead import convert as converter
 from mlx_flashhead import flash_heads, load
-from mlx_flashhead.attach import get_module, head_table
+from mlx_flashhead.integration.locate import get_module, head_table
 
 GIB = 2**30
 PASSAGES = [
@@ -137,8 +137,9 @@ def converter_key() -> str:
     files = list(Path(converter.__file__).parent.rglob("*.py"))
     files += Path(converter.__file__).parent.glob("*.jsonl")
     runtime = Path(mlx_flashhead.__file__).parent
-    for name in ("attach", "fidelity", "files", "head", "linalg", "states", "table"):
-        files.append(runtime / f"{name}.py")
+    for room in ("compute", "evaluation", "folder", "head"):
+        files += (runtime / room).glob("*.py")
+    files.append(runtime / "integration" / "locate.py")
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.name.encode() + file.read_bytes())
@@ -216,8 +217,8 @@ def test_smollm_recall(smollm):
 def test_smollm_beats_the_paper_on_the_same_states(smollm):
     head = smollm.head
     model, tokenizer = smollm.dense
-    documents = calibrate.read_documents(None)[::4]
-    states = calibrate.collect(
+    documents = collect.read_documents(None)[::4]
+    states = collect.collect(
         model,
         tokenizer,
         "model.embed_tokens",

@@ -16,8 +16,8 @@ from mlx_lm import sample_utils, utils
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_flashhead import patch, patched
-from mlx_flashhead.patch import PatchError
-from mlx_flashhead.samplers import (
+from mlx_flashhead.integration.patch import PatchError
+from mlx_flashhead.integration.samplers import (
     Bias,
     Penalty,
     Settings,

@@ -17,8 +17,10 @@ from mlx_flashhead.convert import convert
 from mlx_flashhead.convert.source import SourceError, open_hf
 from test_files import complaint
 
-from mlx_flashhead import cache, files, flash_heads, load, patched, verify
-from mlx_flashhead.files import CONFIG_KEY, HEAD_FILE, FormatError
+from mlx_flashhead import flash_heads, load, patched
+from mlx_flashhead.folder import cache, integrity
+from mlx_flashhead.folder import format as files
+from mlx_flashhead.folder.format import CONFIG_KEY, HEAD_FILE, FormatError
 
 TOKENS = mx.array([[72, 101, 108]])
 
@@ -50,7 +52,7 @@ def edit_weights(file: Path, edit) -> None:
 def reseal(folder: Path) -> None:
     """As if the converter had written the files as they are now."""
     section = files.head_config(folder)
-    files.seal(folder, section, verify.weight_files(folder))
+    files.seal(folder, section, integrity.weight_files(folder))
 
 
 def set_version(folder: Path, version: int) -> None:

@@ -12,7 +12,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..attach import (
+from ..compute.device import for_device, on_gpu
+from ..compute.table import Table
+from ..folder.format import head_config
+from ..head import FlashHead
+from ..head.transform import Transform
+from ..integration.decode import hidden_state
+from ..integration.locate import (
     HeadNotFound,
     find_head,
     find_transform,
@@ -23,16 +29,10 @@ from ..attach import (
     set_module,
     watching,
 )
-from ..candidates import draw, fits
-from ..decode import hidden_state
-from ..files import head_config
-from ..head import FlashHead
+from ..integration.samplers import read_sampler
 from ..load import load
-from ..patch import for_device
-from ..samplers import read_sampler
-from ..table import Table
-from ..transform import Transform
-from .latency import Step, on_gpu
+from ..sampling.draw import draw, fits
+from .latency import Step
 
 # As --heads names them.
 HEADS = ("16", "8", "4", "flash")

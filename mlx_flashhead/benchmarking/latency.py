@@ -14,15 +14,12 @@ from typing import TypedDict
 
 import mlx.core as mx
 
+from ..compute.device import on_gpu
+
 # Longest chain. Each of its steps has a random key of its own.
 MAX_STEPS = 256
 
 Step = Callable[[mx.array, mx.array], mx.array]
-
-
-def on_gpu() -> bool:
-    """Whether MLX's default device is a GPU, Metal's or CUDA's."""
-    return mx.default_device().type == mx.DeviceType.gpu
 
 
 def chained(

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, TypedDict
 
 from mlx_lm.sample_utils import make_sampler
 
+from ..compute.device import on_gpu
 from .competitors import Competitor, Sampler
 from .decoding import Run, prompts, run
 from .energy import Meter, Sample, joules
-from .latency import Spread, chained, on_gpu, spread
+from .latency import Spread, chained, spread
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "greedy": lambda: make_sampler(0.0),

@@ -9,9 +9,10 @@ from typing import TypedDict
 
 import mlx.core as mx
 
+from ..compute.device import on_gpu
 from ..kernels import doctor
 from .conditions import ask
-from .latency import Spread, on_gpu
+from .latency import Spread
 from .matrix import Row
 
 

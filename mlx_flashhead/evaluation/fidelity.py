@@ -2,7 +2,7 @@
 
 Both are given the same hidden states. Of a FlashHead, the distribution is the one that
 its sampling implies: exact logits where probed, the estimated mass of each other
-cluster, and within that the exact logits again (see :mod:`mlx_flashhead.candidates`). A
+cluster, and within that the exact logits again (:mod:`mlx_flashhead.sampling.draw`). A
 dense head is one that probes everything. All logits are in the FlashHead's cluster
 order, ``[n, C, m]``, so that most of the work is done by cluster.
 """
@@ -16,10 +16,10 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from .head import FlashHead
-from .linalg import Array, Product, blocks
-from .table import Table
-from .transform import Transform
+from ..compute.linalg import Array, Product, blocks
+from ..compute.table import Table
+from ..head import FlashHead
+from ..head.transform import Transform
 
 # The logit of padding: finite, and of no weight.
 PADDING = -1e30

@@ -18,10 +18,11 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from .attach import flash_heads
-from .candidates import Drawn, draw, fits, full_logits, logprobs
-from .head import FlashHead
-from .samplers import Processor, Settings, read_processors, read_sampler
+from ..head import FlashHead
+from ..sampling.draw import Drawn, draw, fits, full_logits, logprobs
+from ..sampling.settings import Processor, Settings
+from .locate import flash_heads
+from .samplers import read_processors, read_sampler
 
 # A function of mlx-lm's.
 Step = Callable[..., Any]

@@ -26,10 +26,12 @@ from mlx.utils import tree_flatten
 from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import decode, samplers, verify
-from .attach import HeadNotFound, attach, get_module, head_table
-from .files import HEAD_FILE, FormatError, head_config, load_head
-from .head import FlashEmbedding, FlashHead
+from ..compute.device import for_device
+from ..folder import integrity
+from ..folder.format import HEAD_FILE, FormatError, head_config, load_head
+from ..head import FlashEmbedding, FlashHead
+from . import decode, samplers
+from .locate import HeadNotFound, attach, get_module, head_table
 
 # Not "from mlx_lm import generate": that name is a function's.
 _generate = importlib.import_module("mlx_lm.generate")
@@ -66,20 +68,12 @@ def install(model: nn.Module, folder: str | Path, n_probes: int | None) -> nn.Mo
             f"{folder}: the head is {list(dense)} and its FlashHead "
             f"{[head.vocab_size, head.hidden_size]}; convert the model again"
         )
-    verify.check_finite(folder, dict(tree_flatten(head.parameters())))
-    verify.check_unchanged(folder, section, table)
+    integrity.check_finite(folder, dict(tree_flatten(head.parameters())))
+    integrity.check_unchanged(folder, section, table)
     if n_probes is not None:
         head.n_probes = n_probes
     for_device(model)
     return for_device(attach(model, path, head))
-
-
-def for_device(model: nn.Module) -> nn.Module:
-    """Compute in float32 on a CPU, where MLX's 16-bit products are slow; quantized
-    weights stay as they are."""
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)
-    return model
 
 
 def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
@@ -116,8 +110,8 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
             flash = converted and not (dense or switched_off())
             guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if converted:
-                n_tensors = verify.check_sizes(model_path, head=flash)
-                guard = verify.bounded(model_path, n_tensors)
+                n_tensors = integrity.check_sizes(model_path, head=flash)
+                guard = integrity.bounded(model_path, n_tensors)
             with guard:
                 model, config = stock(model_path, True, *args, **kwargs)
             if flash:

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from . import kernels
-from .head import FlashHead, Retrieved
-from .kernels.greedy import to_tokens
-from .samplers import Bias, Processor, Settings
-from .transform import Transform
+from .. import kernels
+from ..head import FlashHead, Retrieved
+from ..head.transform import Transform
+from ..kernels.greedy import to_tokens
+from .settings import Bias, Processor, Settings
 
 # Candidates that the sampling kernel takes, and clusters.
 LIMIT = 131_072

@@ -10,9 +10,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from .head import FlashEmbedding, FlashHead
-from .table import Table
-from .transform import Transform
+from ..compute.table import Table
+from ..head import FlashEmbedding, FlashHead
+from ..head.transform import Transform
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
+from .device import on_gpu
 from .table import Table
 
 # Large arrays are where they were computed, small ones NumPy's.
@@ -17,11 +18,6 @@ Array = np.ndarray | mx.array
 BLOCK = 1 << 25
 # Its rows at most: MLX's CUDA back-end cannot sort more at once.
 MAX_ROWS = 65_535
-
-
-def on_gpu() -> bool:
-    """Whether MLX's default device is a GPU, Metal's or CUDA's."""
-    return mx.default_device() == mx.Device(mx.gpu)
 
 
 def product(a: Array, b: Array) -> Array:
@@ -79,7 +75,7 @@ class Product:
     dequantized once.
 
     Args:
-        rows: float32 array, or a :class:`~mlx_flashhead.table.Table`.
+        rows: float32 array, or a :class:`~mlx_flashhead.compute.table.Table`.
     """
 
     def __init__(self, rows: np.ndarray | Table):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_flashhead.linalg import group_sums, matmul, nearest, place, run_sums
+from mlx_flashhead.compute.linalg import group_sums, matmul, nearest, place, run_sums
 
 from .progress import Progress, silent
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .attach import watching
+from ..integration.locate import watching
 
 # Longest run of tokens that the model reads at once.
 WINDOW = 256

@@ -20,7 +20,10 @@ import numpy as np
 from mlx_lm import utils
 from mlx_lm.models.cache import make_prompt_cache
 
-from .attach import answering, find_head, get_module, head_table
+from ..compute.linalg import blocks
+from ..compute.table import Table
+from ..head import ALWAYS, FlashHead
+from ..integration.locate import answering, find_head, get_module, head_table
 from .fidelity import (
     Found,
     Implied,
@@ -31,9 +34,6 @@ from .fidelity import (
     row_order,
     stored_logits,
 )
-from .head import ALWAYS, FlashHead
-from .linalg import blocks
-from .table import Table
 
 # Bits of the dense heads, and weights per scale, as mlx_lm.convert -q makes them.
 DENSE_BITS = (8, 4)
@@ -106,7 +106,7 @@ def read_reference(name: str, head: FlashHead) -> Reference:
         ValueError: It cannot be read, is quantized, or does not fit the FlashHead.
     """
     # Here, so that the runtime does not import the converter.
-    from .convert.source import open_reference
+    from ..convert.source import open_reference
 
     with tempfile.TemporaryDirectory(prefix="mlx-flashhead-") as workspace:
         model, _, _ = open_reference(name, Path(workspace)).load(None)

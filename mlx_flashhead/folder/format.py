@@ -34,8 +34,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .head import FlashHead
-from .table import Table
+from ..compute.table import Table
+from ..head import FlashHead
 
 FORMAT_VERSION = 3
 HEAD_FILE = "flashhead.safetensors"

@@ -20,9 +20,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from . import kernels
-from .linalg import on_gpu
-from .table import Table
+from .. import kernels
+from ..compute.device import on_gpu
+from ..compute.table import Table
 from .transform import Transform
 
 # Added to the score of a cluster that is probed at every step. Finite, so that a

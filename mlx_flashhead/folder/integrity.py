@@ -6,8 +6,8 @@ Two checks, of which the first costs nothing and comes before anything is alloca
   what it is for, and the config asks for no more layers or modules than the weights
   can fill.
 - *Bytes*: the SHA-256 of every weight file is the one that the converter stored. It is
-  computed once per state of a file and remembered (:mod:`mlx_flashhead.cache`): after
-  the first, loading costs what it costs without. Folders of versions 1 and 2 have the
+  computed once per state of a file and remembered (see ``cache.py``): after the
+  first, loading costs what it costs without. Folders of versions 1 and 2 have the
   digest of the dense head only, and that is compared.
 
 Both tell damage and change, not malice: who can write the folder can write the digests.
@@ -30,15 +30,15 @@ from typing import Any, TypeGuard
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..compute.table import Table
 from .cache import file_sha256, remembered
-from .files import (
+from .format import (
     HEAD_FILE,
     FormatError,
     read_config,
     section_sha256,
     table_sha256,
 )
-from .table import Table
 
 # As mlx-lm finds them.
 _WEIGHTS = "model*.safetensors"

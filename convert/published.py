@@ -23,10 +23,10 @@ import numpy as np
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from mlx_flashhead.linalg import nearest
-from mlx_flashhead.verify import check_safetensors
+from mlx_flashhead.compute.linalg import nearest
+from mlx_flashhead.folder.integrity import check_safetensors
 
-from .cluster import (
+from .clustering import (
     N_CANDIDATES,
     Clustering,
     balanced,

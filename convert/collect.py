@@ -1,0 +1,149 @@
+"""Calibration: the hidden states that a model's head sees on real text, and in a chat
+model's own answers to it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_flashhead.compute.linalg import matmul
+from mlx_flashhead.evaluation.states import WINDOW, batch_states, hidden_states
+
+from . import answers
+from .progress import Progress, silent
+
+# Tokens taken from the text, evenly over its documents.
+N_TOKENS = 8192
+# Texts that the model reads side by side.
+BATCH = 4
+# One document in this many is held out from the fit, for the report.
+HOLD_OUT = 5
+
+DEFAULT_TEXT = Path(__file__).with_name("calibration.jsonl")
+
+
+class CalibrationError(ValueError):
+    """The calibration text cannot be used."""
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states, float32: ``fit [n, D]``, and ``held_out [., D]`` of documents that
+    nothing is fitted to."""
+
+    fit: np.ndarray
+    held_out: np.ndarray
+
+    def second_moment(self) -> np.ndarray:
+        """S = E[h h^T], float32 ``[D, D]``."""
+        return matmul(np.ascontiguousarray(self.fit.T), self.fit) / len(self.fit)
+
+
+def read_documents(path: str | Path | None) -> list[str]:
+    """Documents of a text file (blank lines separate paragraphs, which are joined
+    up to some 1,500 characters) or of JSON lines with a ``text`` field; without a
+    path, of the text that ships with the package.
+
+    Raises:
+        CalibrationError: The file is missing, not UTF-8, or too short.
+    """
+    path = DEFAULT_TEXT if path is None else Path(path)
+
+    def unusable(reason: str) -> CalibrationError:
+        return CalibrationError(f"--calibration-data {path}: {reason}")
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise unusable("not a UTF-8 text file") from None
+    except OSError as e:
+        raise unusable(e.strerror or "cannot be read") from None
+    if path.suffix == ".jsonl":
+        # Not splitlines(), which also splits at separators inside a string.
+        lines = [line for line in text.split("\n") if line.strip()]
+        try:
+            documents = [json.loads(line)["text"] for line in lines]
+        except (ValueError, KeyError, TypeError):
+            documents = [None]
+        if not all(isinstance(d, str) for d in documents):
+            raise unusable('each line must be JSON with a "text" field')
+    else:
+        documents = _join_paragraphs(text.split("\n\n"))
+    if len(documents) < HOLD_OUT or sum(map(len, documents)) < 5000:
+        raise unusable(
+            f"too short; give at least 5,000 characters in {HOLD_OUT} paragraphs"
+        )
+    return documents
+
+
+def _join_paragraphs(paragraphs: list[str], size: int = 1500) -> list[str]:
+    documents = [""]
+    for paragraph in filter(str.strip, paragraphs):
+        if len(documents[-1]) + len(paragraph) > size and documents[-1]:
+            documents.append("")
+        documents[-1] += paragraph + "\n\n"
+    return documents
+
+
+def collect(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    head_path: str,
+    documents: list[str],
+    n_tokens: int = N_TOKENS,
+    n_answered: int = answers.N_TOKENS,
+    progress: Progress = silent,
+) -> States:
+    """Run the model over the documents and keep what its head is given, also while a
+    model with a chat template answers their beginnings.
+
+    Args:
+        model: An mlx-lm model.
+        tokenizer: Its tokenizer.
+        head_path: Dotted path of its head.
+        documents: Texts; each takes an even share of the tokens.
+        n_tokens: Tokens of the documents in all, at most.
+        n_answered: Tokens of each answer, at most; 0 for no answers.
+        progress: Shows the stages.
+    """
+    share = max(16, n_tokens // len(documents))
+    texts = [tokenizer.encode(text)[: share + 1] for text in documents]
+    fit: list[np.ndarray] = []
+    held_out: list[np.ndarray] = []
+    with progress("Calibration: hidden states", len(documents)) as step:
+        for start in range(0, len(texts), BATCH):
+            for i, states in enumerate(
+                _batch_states(model, head_path, texts[start : start + BATCH]), start
+            ):
+                (held_out if i % HOLD_OUT == HOLD_OUT - 1 else fit).append(states)
+                step()
+    fitted = [d for i, d in enumerate(documents) if i % HOLD_OUT != HOLD_OUT - 1]
+    prompts = answers.prompts(tokenizer, fitted) if n_answered else None
+    if prompts is not None:
+        with progress("Calibration: answers", n_answered) as step:
+            fit.append(
+                answers.states(
+                    model,
+                    head_path,
+                    prompts,
+                    list(tokenizer.eos_token_ids),
+                    n_tokens=n_answered,
+                    step=step,
+                )
+            )
+    return States(np.concatenate(fit), np.concatenate(held_out))
+
+
+def _batch_states(
+    model: nn.Module, head_path: str, texts: list[list[int]]
+) -> list[np.ndarray]:
+    """:func:`hidden_states` of each text; at once where their lengths are equal."""
+    length = len(texts[0])
+    if length > WINDOW + 1 or any(len(t) != length for t in texts):
+        return [hidden_states(model, head_path, t) for t in texts]
+    return list(batch_states(model, head_path, texts))

@@ -1,0 +1,1 @@
+"""Devices, tables of rows, and large products."""

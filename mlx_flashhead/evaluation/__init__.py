@@ -1,0 +1,1 @@
+"""Fidelity of heads against the unquantized dense head."""

@@ -1,0 +1,1 @@
+"""The converted folder: its format, its integrity, and the digest cache."""

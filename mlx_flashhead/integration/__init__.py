@@ -1,0 +1,1 @@
+"""FlashHead inside mlx-lm: find and replace a model's head, load, decode, patch."""

@@ -1,0 +1,1 @@
+"""Tokens drawn among a FlashHead's candidates, the whole vocabulary counted."""
