@@ -16,6 +16,7 @@ os.environ.pop("MLX_FLASHHEAD", None)
 
 import mlx.core as mx
 import pytest
+import real_models
 import small_models
 from hypothesis import HealthCheck, settings
 from mlx_flashhead.convert import convert
@@ -30,6 +31,22 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("suite")
+
+
+REAL = {"gemma", "smollm", "real"}
+
+
+def pytest_collection_modifyitems(items):
+    """For pytest-xdist: a file's tests share what one process makes, and so do those
+    of real models, which begin, because they take longest."""
+
+    def is_real(item):
+        return bool(REAL & set(item.fixturenames))
+
+    items.sort(key=lambda item: not is_real(item))
+    for item in items:
+        group = "real" if is_real(item) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +83,19 @@ def untied_folder(untied_source):
     folder = untied_source.parent / "converted"
     convert(str(untied_source), folder, cluster_size=8, n_probes=90, verbose=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def briefly(request):
+    """Whether real models get less calibration text than by default."""
+    return request.config.getoption("markexpr") == "not full"
+
+
+@pytest.fixture(scope="session")
+def smollm(briefly):
+    return real_models.converted(real_models.smollm_gguf(), briefly)
+
+
+@pytest.fixture(scope="session")
+def gemma(briefly):
+    return real_models.converted(real_models.gemma_gguf(), briefly)

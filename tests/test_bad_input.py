@@ -211,14 +211,6 @@ def infinity_in_the_head(folder):
     return edit_weights(source_in(folder), edit)
 
 
-@case("NaN")
-def nan_in_a_tied_head(folder):
-    def edit(weights):
-        weights["model.embed_tokens.weight"][590, 3] = float("nan")
-
-    return edit_weights(source_in(folder, "llama-tied"), edit)
-
-
 @case("not finite")
 def nan_in_the_body(folder):
     def edit(weights):

@@ -255,9 +255,8 @@ def test_logprobs_that_nobody_reads_are_not_computed(untied_folder):
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_batches_with_rows_that_come_and_go(request, kind, retrieving, counted):
-    folder = request.getfixturevalue(kind)
+def test_batches_with_rows_that_come_and_go(untied_folder, retrieving, counted):
+    folder = untied_folder
     texts = []
     for make in (dense, flash):
         model, tokenizer = make(folder)
@@ -339,8 +338,9 @@ def test_rows_of_equal_prompts_differ(untied_folder):
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_draft_tokens", [1, 3])
-@pytest.mark.parametrize("where", ["draft", "target", "both"])
+@pytest.mark.parametrize(
+    "where, num_draft_tokens", [("draft", 3), ("target", 1), ("both", 3)]
+)
 def test_drafts_change_nothing_but_speed(
     untied_folder, untied_source, retrieving, where, num_draft_tokens
 ):

@@ -14,12 +14,10 @@ import random
 import struct
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
@@ -32,9 +30,8 @@ from mlx_flashhead.convert.gguf.quantization import floats
 from mlx_flashhead.convert.gguf.reader import read_file
 from mlx_flashhead.convert.gguf.tokenizer import build_tokenizer
 from mlx_lm.gguf import permute_weights
-from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
-from real_models import gemma_gguf, smollm_gguf
+from mlx_lm.utils import load_model, load_tokenizer
+from real_models import Converted, gemma_gguf, smollm_gguf
 from transformers import AutoTokenizer
 
 REFERENCE = json.loads(
@@ -249,65 +246,29 @@ def llama_file(tmp_path_factory) -> Path:
 # Real files
 # ---------------------------------------------------------------------------
 
-# A process of its own shows what the conversion itself needs.
-WRITE = """
-import resource, sys
-from mlx_flashhead.convert.gguf import read_gguf
-read_gguf(sys.argv[1]).write(sys.argv[2])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(peak if sys.platform == "darwin" else peak * 1024)
-"""
+REAL = {"gemma3-270m": "gemma", "smollm2-135m": "smollm"}
 
 
-def write_real(path: Path, folder: Path) -> int:
-    """Writes the folder as bfloat16 and returns the peak memory in bytes."""
-    command = [sys.executable, "-c", WRITE, str(path), str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout)
-
-
-@dataclass
-class Real:
-    """A real file, its folder, and what mlx-lm makes of it."""
-
-    path: Path
-    folder: Path
-    peak: int
-    model: nn.Module
-    tokenizer: TokenizerWrapper
-
-
-def make_real(path: Path, folder: Path) -> Real:
-    peak = write_real(path, folder)
-    return Real(path, folder, peak, *mlx_lm.load(str(folder), lazy=True))
-
-
-@pytest.fixture(scope="module")
-def reals(tmp_path_factory) -> dict[str, Real]:
-    folder = tmp_path_factory.mktemp("real")
-    files = {"gemma3-270m": gemma_gguf(), "smollm2-135m": smollm_gguf()}
-    return {name: make_real(path, folder / name) for name, path in files.items()}
-
-
-REAL = ["gemma3-270m", "smollm2-135m"]
+@pytest.fixture
+def real(request, name) -> Converted:
+    return request.getfixturevalue(REAL[name])
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_encodings_equal_llama_cpp(reals, name):
+def test_real_encodings_equal_llama_cpp(real, name):
     assert len(REFERENCE["encodings"]) > 150
     for entry in REFERENCE["encodings"]:
-        assert reals[name].tokenizer.encode(entry["text"]) == entry[name], entry["text"]
+        assert real.dense[1].encode(entry["text"]) == entry[name], entry["text"]
 
 
-def test_published_gemma_encoding(reals):
-    tokens = reals["gemma3-270m"].tokenizer.encode("Hello, world!")
+def test_published_gemma_encoding(gemma):
+    tokens = gemma.dense[1].encode("Hello, world!")
     assert tokens == [2, 9259, 236764, 1902, 236888]
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_text_survives_encoding_and_streaming(reals, name):
-    tokenizer = reals[name].tokenizer
+def test_real_text_survives_encoding_and_streaming(real, name):
+    tokenizer = real.dense[1]
     kind = "SPM" if name.startswith("gemma") else "BPE"
     assert type(tokenizer.detokenizer).__name__ == f"{kind}StreamingDetokenizer"
     for entry in REFERENCE["encodings"]:
@@ -325,8 +286,8 @@ def test_real_text_survives_encoding_and_streaming(reals, name):
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_answers_equal_llama_cpp(reals, name):
-    model = reals[name].model
+def test_real_answers_equal_llama_cpp(real, name):
+    model, _ = load_model(real.folder, lazy=True)
     model.update(tree_map(lambda a: a.astype(mx.float32), model.parameters()))
     for entry in REFERENCE["answers"][name][:2]:
         prompt, answer = entry["prompt"], entry["answer"][:5]
@@ -337,10 +298,9 @@ def test_real_answers_equal_llama_cpp(reals, name):
         assert abs(row[0].max() - entry["top_logit"]) < 0.35
 
 
-def test_real_weights_equal_the_gguf_package(reals):
-    real = reals["smollm2-135m"]
-    weights = mx.load(str(real.folder / "model.safetensors"))
-    reader = {t.name: t for t in gguf.GGUFReader(real.path).tensors}
+def test_real_weights_equal_the_gguf_package(smollm):
+    weights = mx.load(str(smollm.folder / "model.safetensors"))
+    reader = {t.name: t for t in gguf.GGUFReader(smollm_gguf()).tensors}
     assert len(weights) == len(reader)
     for part in ("self_attn.v_proj", "mlp.down_proj", "self_attn.o_proj"):
         for layer in (0, 11):
@@ -363,9 +323,8 @@ def test_gemma_norms_are_the_published_bfloat16_ones():
         assert mx.abs(rounded - value).max().item() < 4e-6, weight.name
 
 
-def test_gemma_folder(reals):
-    real = reals["gemma3-270m"]
-    config = json.loads((real.folder / "config.json").read_text())
+def test_gemma_folder(gemma):
+    config = json.loads((gemma.folder / "config.json").read_text())
     wanted = {
         "model_type": "gemma3_text",
         "head_dim": 256,
@@ -384,14 +343,32 @@ def test_gemma_folder(reals):
         "torch_dtype": "bfloat16",
     }
     assert {key: config[key] for key in wanted} == wanted
-    assert real.peak < 1.5 * 2**30
-    assert real.tokenizer.eos_token_ids == {1, 106}
-    assert not real.tokenizer.has_chat_template
+    tokenizer = gemma.dense[1]
+    assert tokenizer.eos_token_ids == {1, 106}
+    assert not tokenizer.has_chat_template
 
 
-def test_smollm_folder(reals):
-    folder = reals["smollm2-135m"].folder
-    text = reals["smollm2-135m"].tokenizer.apply_chat_template(
+# A process of its own shows what writing itself needs.
+WRITE = """
+import resource, sys
+from mlx_flashhead.convert.gguf import read_gguf
+read_gguf(sys.argv[1]).write(sys.argv[2])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(peak if sys.platform == "darwin" else peak * 1024)
+"""
+
+
+@pytest.mark.full
+def test_a_file_is_written_in_little_memory(tmp_path):
+    command = [sys.executable, "-c", WRITE, str(gemma_gguf()), str(tmp_path / "made")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 1.5 * 2**30
+
+
+def test_smollm_folder(smollm):
+    folder = smollm.folder
+    text = smollm.dense[1].apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant")
@@ -407,8 +384,10 @@ def test_smollm_folder(reals):
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "arch, tied",
+    [("llama", False), ("gemma3", True), ("qwen2", True), ("qwen3", False)],
+)
 def test_architecture_computes_what_it_was_given(tmp_path, arch, tied):
     expected = reference_model(arch, tied)
     path = write_gguf(tmp_path / "m.gguf", arch, gguf_tensors(arch, expected))

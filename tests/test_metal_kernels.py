@@ -133,8 +133,9 @@ def test_probe_logits(case):
     check_probe(*case, stats=PROBE.index(case) % 3 != 2)
 
 
-@pytest.mark.parametrize("dtype, scales", [(BF16, F16), (BF16, F32), (F16, F32)])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "dtype, scales, bits", [(BF16, F16, 4), (BF16, F32, 8), (F16, F32, 4)]
+)
 def test_scales_may_be_finer_than_states(dtype, scales, bits):
     check_probe(dtype, bits, 64, 640, 16, 2, 5, 3, True, scales)
 
