@@ -106,6 +106,7 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.full
 def test_the_sdist_is_complete(sdist):
     with tarfile.open(sdist) as archive:
         found = {m.name.partition("/")[2] for m in archive if m.isfile()}
@@ -115,6 +116,7 @@ def test_the_sdist_is_complete(sdist):
         assert name in found
 
 
+@pytest.mark.full
 def test_the_wheel_has_the_package_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = {n for n in archive.namelist() if not n.endswith("/")}
@@ -124,6 +126,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     assert any(n.endswith("/licenses/LICENSE") for n in notes)
 
 
+@pytest.mark.full
 def test_the_version_is_one(wheel):
     assert wheel.name.split("-")[1] == mlx_flashhead.__version__
     changes = (ROOT / "CHANGELOG.md").read_text()
@@ -132,6 +135,7 @@ def test_the_version_is_one(wheel):
     assert f"\nversion: {mlx_flashhead.__version__}\n" in citation
 
 
+@pytest.mark.full
 def test_every_command_says_what_it_does(wheel, installed, elsewhere):
     entries = configparser.ConfigParser(delimiters="=")
     entries.optionxform = str
@@ -144,6 +148,7 @@ def test_every_command_says_what_it_does(wheel, installed, elsewhere):
         assert "usage" in run(installed / command, "--help").lower()
 
 
+@pytest.mark.full
 def test_the_wheel_converts_and_generates(installed, elsewhere):
     small_models.write("llama", elsewhere / "source")
     text = "".join(f"{i} times {i} is {i * i}.\n\n" for i in range(600))
