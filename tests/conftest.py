@@ -33,20 +33,9 @@ settings.register_profile(
 settings.load_profile("suite")
 
 
-REAL = {"gemma", "smollm", "real"}
-
-
 def pytest_collection_modifyitems(items):
-    """For pytest-xdist: a file's tests share what one process makes, and so do those
-    of real models, which begin, because they take longest."""
-
-    def is_real(item):
-        return bool(REAL & set(item.fixturenames))
-
-    items.sort(key=lambda item: not is_real(item))
-    for item in items:
-        group = "real" if is_real(item) else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Real models take longest: of two processes one begins with them."""
+    items.sort(key=lambda item: item.path.stem != "test_real_models")
 
 
 @pytest.fixture(autouse=True)
