@@ -122,13 +122,12 @@ def evaluate(
     names = _names(texts)
     contents = [_read(path) for path in texts]
     path = section["head_path"]
-    head = load_head(folder, section)
+    model, tokenizer = load(folder, dense=True)
+    head = load_head(folder, section, find_transform(model, path))
     if reference is None:
         standard = own_reference(folder, path)
     else:
         standard = read_reference(reference, head)
-    model, tokenizer = load(folder, dense=True)
-    head.transform = find_transform(model, path)
     comparison = Comparison(head, standard, n_probes)
 
     ids = [

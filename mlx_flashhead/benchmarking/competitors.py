@@ -15,7 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..compute.device import for_device, on_gpu
 from ..compute.table import Table
 from ..folder.format import head_config
-from ..head import FlashHead
+from ..head import FlashHead, prefers_dense
 from ..head.transform import Transform
 from ..integration.decode import hidden_state
 from ..integration.locate import (
@@ -31,7 +31,7 @@ from ..integration.locate import (
 )
 from ..integration.samplers import read_sampler
 from ..load import load
-from ..sampling.draw import draw, fits
+from ..sampling import draw, fits
 from .latency import Step
 
 # As --heads names them.
@@ -123,11 +123,11 @@ class Competitor:
             return plain
 
         def flash(h: mx.array, key: mx.array) -> mx.array:
-            if head.prefers_dense(len(h), settings.sorts):
+            if prefers_dense(head, len(h), settings.sorts):
                 return plain(h, key)
             return draw(head, settings, h, key).tokens
 
-        # Fills what a compiled step must find ready.
+        # Checks the kernels, which cannot be done while a chain of steps is compiled.
         mx.eval(flash(mx.zeros((1, head.hidden_size)), mx.random.key(0)))
         return flash
 
@@ -139,9 +139,9 @@ class Competitor:
         if isinstance(self.head, FlashHead):
             return hidden_state(self.head, model, tokens)[:, -1]
         assert self.path is not None  # where the head was found
-        with watching(model, self.path) as seen:
+        with watching(model, self.path) as states:
             model(tokens)
-        return seen.states[-1][:, -1]
+        return states[-1][:, -1]
 
 
 def check(folder: str | Path) -> None:

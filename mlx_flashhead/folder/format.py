@@ -35,7 +35,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from ..compute.table import Table
-from ..head import FlashHead
+from ..head import FlashHead, Transform
 
 FORMAT_VERSION = 3
 HEAD_FILE = "flashhead.safetensors"
@@ -137,8 +137,17 @@ def save_head(folder: str | Path, head: FlashHead) -> None:
     )
 
 
-def load_head(folder: str | Path, section: dict[str, Any]) -> FlashHead:
+def load_head(
+    folder: str | Path,
+    section: dict[str, Any],
+    transform: Transform | None = Transform(),
+) -> FlashHead:
     """Read a folder's FlashHead, lazily, as its config section describes it.
+
+    Args:
+        folder: A converted folder.
+        section: The config's ``flashhead`` section.
+        transform: What the model does to its logits; ``None`` if that is not known.
 
     Raises:
         FormatError: It is missing or does not fit its description.
@@ -175,6 +184,7 @@ def load_head(folder: str | Path, section: dict[str, Any]) -> FlashHead:
             temperatures=section["temperatures"],
             tail_offset=section["tail_offset"],
             n_probes=section["n_probes"],
+            transform=transform,
         )
     except (FormatError, RuntimeError) as e:
         reason = " ".join(str(e).split())[:200]
