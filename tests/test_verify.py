@@ -243,7 +243,6 @@ HEADERS = {
     "twice": b'{"a": {"shape": [4]}, "a": '
     + json.dumps(entry([4], [0, 16])["a"]).encode()
     + b"}",
-    "overlap": entry([16], [0, 64]) | {"b": entry([16], [0, 64])["a"]},
 }
 
 
@@ -259,6 +258,53 @@ def test_hostile_headers(untied_folder, tmp_path, kind, name):
 def test_a_header_longer_than_the_file(folder, length):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
     complaint(folder)
+
+
+F32_8 = {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}
+LAYOUTS = {
+    "whole": {"a": F32_8, "b": F32_8 | {"data_offsets": [32, 64]}},
+    # No more bytes than the file has, all the same.
+    "overlap": {"a": F32_8, "b": F32_8 | {"data_offsets": [16, 48]}},
+    "hole": {
+        "a": F32_8 | {"shape": [4], "data_offsets": [0, 16]},
+        "b": F32_8 | {"data_offsets": [32, 64]},
+    },
+    "trailing bytes": {"a": F32_8},
+    "name twice": b'{"a": %b, "a": %b}' % ((json.dumps(F32_8).encode(),) * 2),
+    "type that MLX lacks": {
+        "a": {"dtype": "F4", "shape": [128], "data_offsets": [0, 64]}
+    },
+    "zero times huge": {
+        "a": F32_8 | {"shape": [16], "data_offsets": [0, 64]},
+        "b": F32_8 | {"shape": [0, 2**40], "data_offsets": [64, 64]},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_fill_their_file_one_after_the_other(tmp_path, layout):
+    file = tmp_path / "model.safetensors"
+    write_header(file, LAYOUTS[layout])
+    if layout == "whole":
+        assert integrity.check_safetensors(file) == 2
+        return
+    with pytest.raises(FormatError) as error:
+        integrity.check_safetensors(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_are_not_read(tmp_path):
+    """A tebibyte of them, that the disk does not have either."""
+    file = tmp_path / "model.safetensors"
+    n_bytes = 1 << 40
+    write_header(file, entry([n_bytes], [0, n_bytes], "U8"), b"")
+    os.truncate(file, file.stat().st_size + n_bytes)
+    with pytest.raises(FormatError, match="MLX"):
+        integrity.check_safetensors(file)
+    shape = [1 << 20, 1 << 20]
+    write_header(file, entry(shape, [0, n_bytes], "U8"), b"")
+    os.truncate(file, file.stat().st_size + n_bytes)
+    assert integrity.check_safetensors(file) == 1
 
 
 @pytest.mark.parametrize("value", [10**9, 1e300, 10**30])
