@@ -15,7 +15,8 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
 from mlx_flashhead.compute.device import for_device, on_gpu
 from mlx_flashhead.folder import integrity
-from mlx_flashhead.folder.format import HEAD_FILE, FormatError, head_config
+from mlx_flashhead.folder.format import HEAD_FILE
+from mlx_flashhead.folder.section import FormatError, has_section
 
 from .gguf import read_gguf
 
@@ -115,11 +116,11 @@ def open_hf(
     if not (folder / "config.json").is_file():
         raise SourceError(f"{name} has no config.json; give a model's folder")
     try:
-        section = head_config(folder)
+        converted = has_section(folder)
     except FormatError as e:
         raise SourceError(str(e)) from e
     # What mlx-lm's commands make of a converted folder has the section, not the file.
-    if section is not None and (not path.exists() or (folder / HEAD_FILE).exists()):
+    if converted and (not path.exists() or (folder / HEAD_FILE).exists()):
         raise SourceError(
             f"{name} has a FlashHead already; convert the model it was made from, or "
             f"delete the folder's {HEAD_FILE} first"

@@ -24,7 +24,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,13 +32,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..compute.table import Table
 from .cache import file_sha256, remembered
-from .format import (
-    HEAD_FILE,
-    FormatError,
-    read_config,
-    section_sha256,
-    table_sha256,
-)
+from .format import HEAD_FILE, table_sha256
+from .section import FormatError, Section, read_config
 
 # As mlx-lm finds them.
 _WEIGHTS = "model*.safetensors"
@@ -211,12 +206,12 @@ def _fits_mlx(shape: list[int]) -> bool:
     return len(shape) <= 16 and max(shape, default=0) <= 2**31 - 1
 
 
-def check_unchanged(folder: str | Path, section: dict[str, Any], table: Table) -> None:
+def check_unchanged(folder: str | Path, section: Section, table: Table) -> None:
     """Check that the files are those that the converter wrote.
 
     Args:
         folder: A converted folder.
-        section: The config's ``flashhead`` section.
+        section: Its config's section.
         table: The dense head as the folder's plain model has it, lazy.
 
     Raises:
@@ -225,21 +220,21 @@ def check_unchanged(folder: str | Path, section: dict[str, Any], table: Table) -
     """
     folder = Path(folder)
     found = weight_files(folder)
-    if section["format_version"] < 3:
-        digest = section.get("head_sha256")
+    if section.format_version < 3:
+        digest = section.head_sha256
         if digest is not None and digest != remembered(
             found, "head_sha256", lambda: table_sha256(table)
         ):
-            raise FormatError(_changed(folder, section["head_path"]))
+            raise FormatError(_changed(folder, section.head_path))
         return
-    if section.get("sha256") != section_sha256(section):
+    if not section.intact:
         raise FormatError(
             f"{folder}/config.json: the 'flashhead' section was edited or damaged; "
             "convert the model again (for another number of probes, load it with "
             "n_probes or --n-probes)"
         )
-    expected = section.get("files")
-    if not _is_listing(expected):
+    expected = section.files
+    if HEAD_FILE not in expected:
         raise FormatError(
             f"{folder}/config.json does not list the weight files; convert again"
         )
@@ -257,15 +252,6 @@ def check_unchanged(folder: str | Path, section: dict[str, Any], table: Table) -
                 f"is not the stored one; convert the model again, {_DENSE}"
             )
         raise FormatError(_changed(folder, name))
-
-
-def _is_listing(files: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether this is a section's ``files``: digests by names in the folder."""
-    return (
-        isinstance(files, dict)
-        and HEAD_FILE in files
-        and all(os.path.basename(n) == n and n.endswith(".safetensors") for n in files)
-    )
 
 
 def _changed(folder: Path, what: str) -> str:

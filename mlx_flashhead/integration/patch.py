@@ -28,7 +28,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..compute.device import for_device
 from ..folder import integrity
-from ..folder.format import HEAD_FILE, FormatError, head_config, load_head
+from ..folder.format import HEAD_FILE, load_head
+from ..folder.section import FormatError, has_section, read_section
 from ..head import FlashEmbedding, FlashHead
 from . import decode, samplers
 from .locate import HeadNotFound, attach, get_module, head_table
@@ -55,9 +56,10 @@ def switched_off() -> bool:
 
 def install(model: nn.Module, folder: str | Path, n_probes: int | None) -> nn.Module:
     """Put the FlashHead of a folder into its freshly loaded, lazy model."""
-    section = head_config(folder) or {}
+    section = read_section(folder)
+    assert section is not None  # has_section
     head = load_head(folder, section)
-    path = section["head_path"]
+    path = section.head_path
     try:
         table = head_table(get_module(model, path))
     except (HeadNotFound, AttributeError) as e:
@@ -106,7 +108,7 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
         model_path: Path, lazy: bool = False, *args: Any, **kwargs: Any
     ) -> tuple[nn.Module, dict[str, Any]]:
         with _refusing(model_path):
-            converted = head_config(model_path) is not None
+            converted = has_section(model_path)
             flash = converted and not (dense or switched_off())
             guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
             if converted:
@@ -169,7 +171,7 @@ def _refusing(folder: str | Path) -> Iterator[None]:
         raise
     except Exception as e:
         with contextlib.suppress(FormatError):
-            if head_config(folder) is None:
+            if not has_section(folder):
                 raise e from e.__cause__
         reason = " ".join(str(e).split()) or type(e).__name__
         raise FormatError(
