@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ from mlx_flashhead.compute.device import for_device, on_gpu
 from mlx_flashhead.folder import integrity
 from mlx_flashhead.folder.format import HEAD_FILE
 from mlx_flashhead.folder.section import FormatError, has_section
-
-from .gguf import read_gguf
 
 
 class SourceError(ValueError):
@@ -128,12 +127,23 @@ def open_hf(
     return Source(folder, name, trust_remote_code)
 
 
-def open_gguf(path: str, workspace: Path, dtype: str | None) -> Source:
-    """A GGUF file, written out as a model folder in ``workspace``.
+def open_gguf(
+    path: str, workspace: Path, dtype: str | None, flag: str = "--gguf-path"
+) -> Source:
+    """A GGUF file, written out as a model folder in ``workspace``. ``flag`` is the
+    option that named it.
 
     Raises:
+        SourceError: What reads such files is not installed.
         GGUFError: The file cannot be read.
     """
+    if find_spec("gguf") is None:
+        raise SourceError(
+            f"{flag} {path} needs the package gguf: pip install 'mlx-flashhead[gguf]'"
+        )
+    # Only here: other models do without the package.
+    from .gguf import read_gguf
+
     folder = workspace / "source"
     read_gguf(path).write(folder, dtype=dtype or "bfloat16")
     return Source(folder, path)
@@ -146,5 +156,5 @@ def open_reference(name: str, workspace: Path) -> Source:
         SourceError, GGUFError: It cannot be opened.
     """
     if Path(name).suffix == ".gguf":
-        return open_gguf(name, workspace, None)
+        return open_gguf(name, workspace, None, "--reference")
     return open_hf(name, None, False, "--reference")
