@@ -74,7 +74,8 @@ from .evaluation.compare import (
     read_reference,
 )
 from .evaluation.states import stream_states
-from .folder.format import head_config, load_head
+from .folder.format import load_head
+from .folder.section import read_section
 from .integration.locate import find_transform
 from .load import load
 
@@ -113,7 +114,7 @@ def evaluate(
     Raises:
         ValueError, OSError: One line that says what cannot be used.
     """
-    section = head_config(folder)
+    section = read_section(folder)
     if section is None:
         reason = "has no FlashHead; make one with mlx_flashhead.convert"
         if not Path(folder).is_dir():
@@ -121,7 +122,7 @@ def evaluate(
         raise ValueError(f"{folder} {reason}")
     names = _names(texts)
     contents = [_read(path) for path in texts]
-    path = section["head_path"]
+    path = section.head_path
     model, tokenizer = load(folder, dense=True)
     head = load_head(folder, section, find_transform(model, path))
     if reference is None:

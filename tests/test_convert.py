@@ -22,7 +22,8 @@ from test_gguf import gguf_tensors, reference_model, write_gguf
 from mlx_flashhead import FlashHead, flash_heads, load
 from mlx_flashhead.compute import linalg
 from mlx_flashhead.compute.table import Table
-from mlx_flashhead.folder.format import HEAD_FILE, head_config
+from mlx_flashhead.folder.format import HEAD_FILE
+from mlx_flashhead.folder.section import Measured, read_section
 from mlx_flashhead.head import ALWAYS
 from mlx_flashhead.integration.locate import find_head, get_module, head_table
 
@@ -122,7 +123,7 @@ def test_the_dense_head_is_kept_and_its_digest_stored(request, kind):
     assert mx.array_equal(table.weight, dense_table(source).weight)
     digest = hashlib.sha256(f"{table.weight.dtype}{table.weight.shape}".encode())
     digest.update(bytes(memoryview(mx.contiguous(table.weight).view(mx.uint8))))
-    assert head_config(folder)["head_sha256"] == digest.hexdigest()
+    assert read_section(folder).head_sha256 == digest.hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -146,8 +147,8 @@ def test_a_16_bit_head_keeps_its_rows(tied_source, tmp_path):
     report, head = make(tied_source, tmp_path / "made", head_bits=16, centroid_bits=16)
     assert (report.head_bits, report.centroid_bits, report.dense_bits) == (16, 16, 16)
     assert_permuted(tmp_path / "made", dense_table(tied_source))
-    section = head_config(tmp_path / "made")
-    assert section["rows"]["bits"] == section["centroids"]["bits"] == 16
+    section = read_section(tmp_path / "made")
+    assert section.rows.bits == section.centroids.bits == 16
 
 
 def test_16_bits_are_16_bits(untied_source, tmp_path):
@@ -352,7 +353,7 @@ def test_small_vocabularies_probe_more_than_what_is_always_probed(tmp_path):
 
 def test_recipe_paper(untied_source, tmp_path):
     _, head = make(untied_source, tmp_path / "made", recipe="paper", cluster_size=8)
-    assert head_config(tmp_path / "made")["recipe"] == "paper"
+    assert read_section(tmp_path / "made").recipe == "paper"
     assert (np.array(head.spread) == 0).all()
     norms = np.linalg.norm(unpack(head.centroids), axis=1)
     np.testing.assert_allclose(norms, 1, atol=0.1)
@@ -367,7 +368,7 @@ def test_calibration_data(untied_source, tmp_path, suffix):
     else:
         file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     report, head = make(untied_source, tmp_path / "made", calibration_data=file)
-    assert head_config(tmp_path / "made")["calibration"] == file.name
+    assert read_section(tmp_path / "made").calibration == file.name
     _, builtin = make(untied_source, tmp_path / "builtin")
     assert not mx.array_equal(head.spread, builtin.spread)
     # Of twelve texts the fifth and the tenth are held out.
@@ -448,11 +449,10 @@ def test_the_report_is_true(tmp_path, monkeypatch, name, on_gpu):
     error = kl.std() / len(some) ** 0.5
     assert abs(report.kl - kl.mean()) < 5 * error + 1e-4
 
-    measured = head_config(tmp_path / "made")["measured"]
-    assert measured == {
-        key: getattr(report, key)
-        for key in ("recall", "agreement", "kl", "held_out_tokens")
-    }
+    measured = read_section(tmp_path / "made").measured
+    assert measured == Measured(
+        report.recall, report.agreement, report.kl, report.held_out_tokens
+    )
 
 
 def test_the_report_says_what_to_do_next(untied_source, tmp_path):

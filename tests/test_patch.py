@@ -20,7 +20,8 @@ from small_heads import unpack
 
 import mlx_flashhead
 from mlx_flashhead import FlashHead, flash_heads, load, patch, patched, unpatch
-from mlx_flashhead.folder.format import HEAD_FILE, head_config, seal
+from mlx_flashhead.folder.format import HEAD_FILE, seal
+from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.integration.patch import PatchError
 from mlx_flashhead.integration.slots import FlashEmbedding, FlashLinear
 
@@ -161,7 +162,7 @@ def test_the_dense_head_is_not_read(request, tmp_path, kind):
     start, end = json.loads(data[8 : 8 + length])[name]["data_offsets"]
     data[8 + length + start : 8 + length + end] = b"\xff" * (end - start)
     file.write_bytes(data)
-    seal(copy, head_config(copy), [file])
+    seal(copy, read_section(copy), [file])
     assert np.isnan(logits(mlx_lm.load(str(copy))[0])).any()
     assert np.array_equal(logits(load(copy)[0]), wanted)
 

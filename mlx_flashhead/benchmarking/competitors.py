@@ -14,7 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..compute.device import for_device, on_gpu
 from ..compute.table import Table
-from ..folder.format import head_config
+from ..folder.section import has_section
 from ..head import FlashHead, prefers_dense
 from ..head.transform import Transform
 from ..integration.decode import hidden_state
@@ -146,7 +146,7 @@ class Competitor:
 
 def check(folder: str | Path) -> None:
     """Raise ValueError for a local folder without a FlashHead."""
-    if Path(folder).is_dir() and head_config(folder) is None:
+    if Path(folder).is_dir() and not has_section(folder):
         raise ValueError(
             f"--model {folder} has no FlashHead; make one with mlx_flashhead.convert"
         )

@@ -19,7 +19,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..compute.device import for_device
 from ..folder import integrity
-from ..folder.format import FormatError, head_config, load_head
+from ..folder.format import load_head
+from ..folder.section import FormatError, has_section, read_section
 from ..head import FlashHead
 from .locate import HeadNotFound, find_transform, get_module, head_table, place
 from .slots import FlashLinear
@@ -53,7 +54,7 @@ def load_model(
         FormatError: The folder is damaged, or changed since its conversion.
     """
     with refusing(model_path):
-        converted = head_config(model_path) is not None
+        converted = has_section(model_path)
         flash = converted and not (dense or switched_off())
         guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if converted:
@@ -72,8 +73,9 @@ def load_model(
 
 def install(model: nn.Module, folder: str | Path, n_probes: int | None) -> nn.Module:
     """Put the FlashHead of a folder into its freshly loaded, lazy model."""
-    section = head_config(folder) or {}
-    path = section.get("head_path", "")
+    section = read_section(folder)
+    assert section is not None  # has_section()
+    path = section.head_path
     try:
         table = head_table(get_module(model, path))
     except (HeadNotFound, AttributeError) as e:
@@ -131,7 +133,7 @@ def refusing(folder: str | Path) -> Iterator[None]:
         raise
     except Exception as e:
         with contextlib.suppress(FormatError):
-            if head_config(folder) is None:
+            if not has_section(folder):
                 raise e from e.__cause__
         reason = " ".join(str(e).split()) or type(e).__name__
         raise FormatError(
