@@ -61,7 +61,7 @@ def assert_permuted(folder: Path, table: Table) -> None:
     """The stored rows are those of the table, bit for bit, in another order."""
     tensors = stored(folder)
     order = tensors["token_ids"].reshape(-1)[: table.weight.shape[0]]
-    for name, array in zip(("weight", "scales", "biases"), table._arrays()):
+    for name, array in zip(("weight", "scales", "biases"), table.arrays):
         if array is None:
             assert f"rows.{name}" not in tensors
             continue
@@ -280,7 +280,7 @@ def test_dtype(untied_source, tmp_path, dtype):
     assert tensors["centroids.scales"].dtype == getattr(mx, dtype)
     model, _ = load(tmp_path / "made")
     kind = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else fine
-    assert {a.dtype for a in next(flash_heads(model)).rows._arrays()[1:]} == {kind}
+    assert {a.dtype for a in next(flash_heads(model)).rows.arrays[1:]} == {kind}
     assert tensors["spread"].dtype == mx.float32
 
 

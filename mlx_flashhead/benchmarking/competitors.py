@@ -30,6 +30,7 @@ from ..integration.locate import (
     watching,
 )
 from ..integration.samplers import read_sampler
+from ..integration.slots import FlashLinear
 from ..load import load
 from ..sampling import draw, fits
 from .latency import Step
@@ -179,7 +180,7 @@ def heads(
     unquantized = Table(table.dequantize(), bits=8 * table.dtype.size)
     bias = stored.get("bias")
     body = _nbytes(model) - _nbytes(stored)
-    made = []
+    competitors = []
     head: FlashHead | DenseHead
     for kind in kinds:
         if kind == "flash":
@@ -195,7 +196,8 @@ def heads(
             head = DenseHead(rows, bias)
             name = f"dense {kind}-bit"
         mx.eval(head.parameters())
-        made.append(
+        slot = FlashLinear(head) if isinstance(head, FlashHead) else head
+        competitors.append(
             Competitor(
                 name=name,
                 kind=kind,
@@ -203,7 +205,7 @@ def heads(
                 tokenizer=tokenizer,
                 path=path,
                 head=head,
-                module=SplitEmbedding(stored, head) if tied else head,
+                module=SplitEmbedding(stored, slot) if tied else slot,
                 transform=flash.transform,
                 nbytes=body + _nbytes(head),
             )
@@ -216,7 +218,7 @@ def heads(
         )
     if not on_gpu():
         note += " All compute in float32, the fastest on MLX's CPU back-end."
-    return made, note
+    return competitors, note
 
 
 def _group_size(hidden_size: int) -> int:
