@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_caches
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
 from mlx_flashhead.integration.rollback import Rollback, supported
 
@@ -133,7 +133,7 @@ class Setting:
 
     name: str
     extra: tuple = ()
-    max_kv_size: int | None = None
+    window: tuple[int, int] | None = None  # size, and how many are always kept
     bits: int | None = None
     rows: int = 1
 
@@ -146,7 +146,9 @@ class Setting:
         length as they can be."""
         caches = []
         for row in range(self.rows):
-            cache = make_prompt_cache(self.model, self.max_kv_size)
+            cache = make_prompt_cache(self.model)
+            if self.window:
+                cache = [RotatingKVCache(*self.window) for _ in cache]
             mine = prompt[row, row:]
             if len(mine):
                 mx.eval(self.model(mx.array(mine)[None], cache=cache))
@@ -166,9 +168,9 @@ def gemma(window: int, rows: int = 1) -> Setting:
 SETTINGS = {
     "KVCache": Setting("llama"),
     "QuantizedKVCache": Setting("llama", (("head_dim", 32),), bits=8),
-    "RotatingKVCache": Setting("llama", max_kv_size=9),
-    "RotatingKVCache of one free slot": Setting("llama", max_kv_size=5),
-    "RotatingKVCache that grows": Setting("llama", max_kv_size=264),
+    "RotatingKVCache": Setting("llama", window=(9, 4)),
+    "RotatingKVCache of one free slot": Setting("llama", window=(5, 4)),
+    "RotatingKVCache that grows": Setting("llama", window=(264, 4)),
     "RotatingKVCache of gemma3": gemma(8),
     "RotatingKVCache of gemma3, wide": gemma(30),
     "ChunkedKVCache of llama4": Setting("llama4"),
@@ -178,8 +180,8 @@ SETTINGS = {
     "ArraysCache of qwen3_next": Setting("qwen3_next"),
     "CacheList of falcon_h1": Setting("falcon_h1"),
     "BatchKVCache": Setting("llama", rows=2),
-    "BatchRotatingKVCache": Setting("llama", max_kv_size=9, rows=2),
-    "BatchRotatingKVCache that grows": Setting("llama", max_kv_size=264, rows=2),
+    "BatchRotatingKVCache": Setting("llama", window=(9, 0), rows=2),
+    "BatchRotatingKVCache that grows": Setting("llama", window=(264, 0), rows=2),
     "batch of gemma3": gemma(8, rows=2),
     "batch of falcon_h1": Setting("falcon_h1", rows=3),
     "batch of qwen3_next": Setting("qwen3_next", rows=2),
