@@ -21,7 +21,7 @@ from mlx_flashhead.convert.collect import hidden_states
 
 from mlx_flashhead import load
 from mlx_flashhead.evaluation.fidelity import measure
-from mlx_flashhead.folder.format import head_config
+from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.integration.decode import head_of
 from mlx_flashhead.integration.locate import get_module, head_table
 
@@ -48,7 +48,7 @@ def main(
     folder, texts, tokens, paper_states, temperatures, n_probes, states_path, n_states
 ) -> None:
     dense, tokenizer = load(folder, dense=True)
-    path = head_config(folder)["head_path"]
+    path = read_section(folder).head_path
     weight = np.array(head_table(get_module(dense, path)).dequantize(mx.float32))
     sets = {}
     for text in texts:

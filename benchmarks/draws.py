@@ -21,7 +21,8 @@ import numpy as np
 
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.head import FlashHead
-from mlx_flashhead.integration.samplers import Settings
+from mlx_flashhead.head.masses import log_weights
+from mlx_flashhead.sampling import Settings
 from mlx_flashhead.sampling import draw as candidates
 
 
@@ -48,7 +49,6 @@ class Replayed(FlashHead):
         self._one_table = mx.array(logits)
         self._one_choice = super().select(self._one_state)
         mx.eval(self._one_state, self._one_table, self._one_choice)
-        self._compiled.clear()
 
     def centroid_logits(self, x):
         return mx.broadcast_to(self._one_state, (len(x), self.n_clusters))
@@ -67,7 +67,7 @@ def expected(head: Replayed, centroid_logits, logits, temperature: float):
     probed[np.array(head._one_choice)[0]] = True
     logits = logits.astype(np.float64) / temperature
     own = np.logaddexp.reduce(logits, axis=1)
-    weights = np.array(head.log_weights(temperature), np.float64)
+    weights = np.array(log_weights(head, temperature), np.float64)
     mass = np.where(
         probed, own, centroid_logits.astype(np.float64) / temperature + weights
     )

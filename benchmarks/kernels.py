@@ -27,7 +27,7 @@ from mlx_flashhead import kernels
 from mlx_flashhead.benchmarking.latency import chain, copy_bandwidth, dense_sample
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.head import FlashHead
-from mlx_flashhead.integration.samplers import Settings
+from mlx_flashhead.sampling import Settings
 from mlx_flashhead.sampling import draw as candidates
 
 # vocab_size, hidden_size
@@ -90,7 +90,8 @@ def measure(
                 )
             logits = kernels.probe_logits(h, *arrays, probes, bits=min(bits, 8))
             settings = {"temperature": TEMPERATURE, "top_p": TOP_P}
-            return kernels.sample(logits, key, **settings, **ids)
+            at = kernels.sample(logits, key, **settings)
+            return kernels.to_tokens(at, **ids)
 
         return step
 
@@ -105,7 +106,6 @@ def measure(
             excess=mx.zeros((1, C)),
             n_probes=p,
         )
-        head.log_weights(1.0), head.log_weights(TEMPERATURE)
         return lambda h, key: candidates._draw(head, settings, h, key)[0]
 
     def parts(h, key, last):

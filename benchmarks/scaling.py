@@ -36,7 +36,7 @@ from mlx_flashhead.benchmarking.latency import (
 )
 from mlx_flashhead.benchmarking.report import footer, machine, markdown_table
 from mlx_flashhead.compute.table import Table
-from mlx_flashhead.integration.samplers import Settings
+from mlx_flashhead.sampling import Settings
 from mlx_flashhead.sampling.draw import draw
 
 CLUSTER_SIZE, GROUP_SIZE = 16, 64

@@ -93,14 +93,14 @@ def states(
         model(prompts[:, :-1], cache=cache)
         mx.eval([c.state for c in cache])
     last = prompts[:, -1:]
-    with watching(model, head_path) as seen:
+    with watching(model, head_path) as states:
         for key in keys:
             if not writing.any():
                 step()
                 continue
             logits = model(last, cache=cache)[:, -1].astype(mx.float32)
             last = mx.random.categorical(logits, key=key)[:, None]
-            given = seen.states.pop()[:, -1].astype(mx.float32)
+            given = states.pop()[:, -1].astype(mx.float32)
             mx.eval(last, given)
             kept.append(finite(np.array(given)[writing]))
             writing &= ~np.isin(np.array(last)[:, 0], list(stop_tokens))

@@ -116,7 +116,7 @@ def _with(
 ) -> FlashHead:
     """The same head with ``spread [C]``, ``excess [n_temperatures, C]`` and tail
     offsets at TEMPERATURES."""
-    new = FlashHead(
+    return FlashHead(
         head.rows,
         head.centroids,
         head.token_ids,
@@ -127,6 +127,5 @@ def _with(
         tail_offset=tail_offset,
         n_probes=head.n_probes,
         bias=head.get("bias"),
+        transform=head.transform,
     )
-    new.transform = head.transform
-    return new

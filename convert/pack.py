@@ -55,7 +55,7 @@ def pack(
         dense = mx.array(weight).astype(kinds.get(head_bits, _scales(dtype, weight)))
         rows = Table.from_dense(dense, head_bits, group_size)
     rows = rows.map(lambda a: a[index])
-    head = FlashHead(
+    return FlashHead(
         rows,
         Table.from_dense(
             mx.array(centroids).astype(kinds.get(centroid_bits, dtype)),
@@ -68,9 +68,8 @@ def pack(
         excess=mx.zeros((1, c)),
         n_probes=n_probes,
         bias=None if bias is None else mx.array(bias[source]).astype(dtype),
+        transform=transform,
     )
-    head.transform = transform
-    return head
 
 
 def _scales(dtype: mx.Dtype, weight: np.ndarray) -> mx.Dtype:

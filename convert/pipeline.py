@@ -23,6 +23,7 @@ from mlx_flashhead.compute.table import Table
 from mlx_flashhead.evaluation.fidelity import measure, n_blocks
 from mlx_flashhead.folder import format as layout
 from mlx_flashhead.folder import integrity
+from mlx_flashhead.folder.section import CONFIG_KEY, Measured
 from mlx_flashhead.head import FlashHead, default_n_probes
 from mlx_flashhead.head.transform import Transform
 from mlx_flashhead.integration.locate import (
@@ -252,29 +253,27 @@ def convert(
         with progress("Measuring", n_blocks(head, len(held_out))) as step:
             fidelity = measure(head, weight, held_out, bias=bias, step=step)
         del weight
-        measured = {
-            "recall": float(fidelity.recall.mean()),
-            "agreement": float(fidelity.agreement.mean()),
-            "kl": float(fidelity.kl().mean()),
-            "held_out_tokens": len(held_out),
-        }
+        measured = Measured(
+            recall=float(fidelity.recall.mean()),
+            agreement=float(fidelity.agreement.mean()),
+            kl=float(fidelity.kl().mean()),
+            held_out_tokens=len(held_out),
+        )
         with progress("Writing", 2) as step, writing(target):
             layout.save_head(result, head)
             step()
-            section = {
-                **layout.describe(head, path, layout.table_sha256(table)),
-                "recipe": recipe,
-                "seed": seed,
-                "calibration": "built-in"
-                if calibration_data is None
-                else Path(calibration_data).name,
-                "measured": measured,
-            }
-            if clusters is not None:
-                is_folder = Path(clusters).exists()
-                section["clusters"] = Path(clusters).name if is_folder else clusters
+            section = layout.describe(
+                head,
+                path,
+                layout.table_sha256(table),
+                recipe=recipe,
+                seed=seed,
+                calibration=Path(calibration_data or "built-in").name,
+                measured=measured,
+                clusters=None if clusters is None else _named(clusters),
+            )
             report = _report(target, head, table, measured, start)
-            config.pop(layout.CONFIG_KEY, None)
+            config.pop(CONFIG_KEY, None)
             utils.save(result, source.folder, model, tokenizer, config)
             for file in [*integrity.weight_files(result), result / layout.HEAD_FILE]:
                 integrity.check_safetensors(file)
@@ -294,6 +293,11 @@ def convert(
             report = replace(report, url=publish.upload(target, upload_repo))
             step()
     return report
+
+
+def _named(clusters: str | Path) -> str:
+    """A folder by its name, a Hugging Face id whole."""
+    return Path(clusters).name if Path(clusters).exists() else str(clusters)
 
 
 def _is_within(path: str | None, folder: Path) -> bool:
@@ -496,7 +500,7 @@ def _report(
     target: Path,
     head: FlashHead,
     table: Table,
-    measured: dict[str, Any],
+    measured: Measured,
     start: float,
 ) -> Report:
     return Report(
@@ -513,7 +517,7 @@ def _report(
         flash_bytes=head.bytes_read(),
         rows_read=head.rows_read() / head.vocab_size,
         seconds=time.perf_counter() - start,
-        **measured,
+        **asdict(measured),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from mlx_flashhead import __version__
+from mlx_flashhead.folder.section import Section
 
 # Of the base model's card, what holds for the converted model, too.
 _INHERITED = ("license", "license_name", "license_link", "language", "base_model")
@@ -95,7 +96,7 @@ class ReadBytes(Protocol):
 def write_card(
     folder: Path,
     name: str,
-    section: Mapping[str, Any],
+    section: Section,
     report: ReadBytes,
     *,
     base: str | None = None,
@@ -106,7 +107,7 @@ def write_card(
     Args:
         folder: The folder. The card that mlx-lm wrote there goes.
         name: How the model is to be called: its id on the hub, or the folder's name.
-        section: The config's ``flashhead`` section.
+        section: The config's section.
         report: What :func:`mlx_flashhead.convert.convert` reports.
         base: Hugging Face id of the model that was converted.
         source: Its folder, whose card's licence and base model are inherited.
@@ -136,7 +137,7 @@ def write_card(
     bases = inherited.get("base_model")
     bases = [bases] if isinstance(bases, str) else bases or []
     origin = ", ".join(f"[{b}](https://huggingface.co/{b})" for b in bases)
-    clusters = section.get("clusters")
+    assert section.measured is not None  # by the converter
     text = _TEXT.format(
         name=name,
         origin=origin or "A language model",
@@ -144,13 +145,19 @@ def write_card(
         flash_mb=report.flash_bytes / 1e6,
         dense_mb=report.dense_bytes / 1e6,
         dense_bits=report.dense_bits,
-        clusters=f", published by {clusters}" if clusters else "",
-        row_bits=section["rows"]["bits"],
-        centroid_bits=section["centroids"]["bits"],
-        **section["measured"],
-        **{k: section[k] for k in ("vocab_size", "hidden_size", "n_clusters")},
-        **{k: section[k] for k in ("cluster_size", "n_probes", "recipe", "seed")},
-        **{k: section[k] for k in ("calibration", "head_sha256")},
+        clusters=f", published by {section.clusters}" if section.clusters else "",
+        row_bits=section.rows.bits,
+        centroid_bits=section.centroids.bits,
+        **asdict(section.measured),
+        vocab_size=section.vocab_size,
+        hidden_size=section.hidden_size,
+        n_clusters=section.n_clusters,
+        cluster_size=section.cluster_size,
+        n_probes=section.n_probes,
+        recipe=section.recipe,
+        seed=section.seed,
+        calibration=section.calibration,
+        head_sha256=section.head_sha256,
     )
     made = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
     made.save(folder / "README.md")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
 from mlx_flashhead.compute.device import for_device, on_gpu
 from mlx_flashhead.folder import integrity
-from mlx_flashhead.folder.format import HEAD_FILE, FormatError, head_config
-
-from .gguf import read_gguf
+from mlx_flashhead.folder.format import HEAD_FILE
+from mlx_flashhead.folder.section import FormatError, has_section
 
 
 class SourceError(ValueError):
@@ -115,11 +115,11 @@ def open_hf(
     if not (folder / "config.json").is_file():
         raise SourceError(f"{name} has no config.json; give a model's folder")
     try:
-        section = head_config(folder)
+        converted = has_section(folder)
     except FormatError as e:
         raise SourceError(str(e)) from e
     # What mlx-lm's commands make of a converted folder has the section, not the file.
-    if section is not None and (not path.exists() or (folder / HEAD_FILE).exists()):
+    if converted and (not path.exists() or (folder / HEAD_FILE).exists()):
         raise SourceError(
             f"{name} has a FlashHead already; convert the model it was made from, or "
             f"delete the folder's {HEAD_FILE} first"
@@ -127,12 +127,23 @@ def open_hf(
     return Source(folder, name, trust_remote_code)
 
 
-def open_gguf(path: str, workspace: Path, dtype: str | None) -> Source:
-    """A GGUF file, written out as a model folder in ``workspace``.
+def open_gguf(
+    path: str, workspace: Path, dtype: str | None, flag: str = "--gguf-path"
+) -> Source:
+    """A GGUF file, written out as a model folder in ``workspace``. ``flag`` is the
+    option that named it.
 
     Raises:
+        SourceError: What reads such files is not installed.
         GGUFError: The file cannot be read.
     """
+    if find_spec("gguf") is None:
+        raise SourceError(
+            f"{flag} {path} needs the package gguf: pip install 'mlx-flashhead[gguf]'"
+        )
+    # Only here: other models do without the package.
+    from .gguf import read_gguf
+
     folder = workspace / "source"
     read_gguf(path).write(folder, dtype=dtype or "bfloat16")
     return Source(folder, path)
@@ -145,5 +156,5 @@ def open_reference(name: str, workspace: Path) -> Source:
         SourceError, GGUFError: It cannot be opened.
     """
     if Path(name).suffix == ".gguf":
-        return open_gguf(name, workspace, None)
+        return open_gguf(name, workspace, None, "--reference")
     return open_hf(name, None, False, "--reference")

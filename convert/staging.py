@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 
 class StagingError(ValueError):
@@ -31,31 +32,32 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[tuple[Path, Path]]
     """
     _check_free(target, overwrite)
     new_parents = [p for p in target.parents if not p.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # The lock keeps another process from sweeping a folder not locked yet.
-        with _alone(target.parent):
-            _sweep(target)
-            hidden = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-            lock = _lock(hidden)
-    except OSError as e:
-        raise StagingError(f"cannot write beside {target}: {e.strerror}") from e
-    try:
-        result, workspace = hidden / "result", hidden / "workspace"
-        result.mkdir()
-        workspace.mkdir()
-        yield result, workspace
+    with contextlib.ExitStack() as locks:
         try:
-            _put(result, target, hidden / _OLD, overwrite)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # The lock keeps another process from sweeping a folder not locked yet.
+            with _locked(target.parent):
+                _sweep(target)
+                prefix = _prefix(target)
+                hidden = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+                locks.enter_context(_locked(hidden))
         except OSError as e:
-            raise StagingError(f"cannot create {target}: {e.strerror}") from e
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.close(lock)
-        if not target.exists():
-            with contextlib.suppress(OSError):
-                for parent in new_parents:
-                    parent.rmdir()
+            raise StagingError(f"cannot write beside {target}: {e.strerror}") from e
+        try:
+            result, workspace = hidden / "result", hidden / "workspace"
+            result.mkdir()
+            workspace.mkdir()
+            yield result, workspace
+            try:
+                _put(result, target, hidden / _OLD, overwrite)
+            except OSError as e:
+                raise StagingError(f"cannot create {target}: {e.strerror}") from e
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+            if not target.exists():
+                with contextlib.suppress(OSError):
+                    for parent in new_parents:
+                        parent.rmdir()
 
 
 # Where the folder that is overwritten stands between two renames.
@@ -102,38 +104,25 @@ def _sweep(target: Path) -> None:
     for entry in list(target.parent.iterdir()):
         if not entry.name.startswith(_prefix(target)) or entry.is_symlink():
             continue
-        with contextlib.suppress(OSError):
-            lock = _lock(entry)
-            try:
-                if (entry / _OLD).exists() and not target.exists():
-                    os.rename(entry / _OLD, target)
-                shutil.rmtree(entry, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
-def _lock(folder: Path) -> int:
-    """A descriptor that locks a folder until it is closed or the process ends.
-
-    Raises:
-        OSError: Another process has it; or the file system has no locks.
-    """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
+        with contextlib.suppress(OSError), _locked(entry, blocking=False) as gone:
+            if not gone:
+                continue
+            if (entry / _OLD).exists() and not target.exists():
+                os.rename(entry / _OLD, target)
+            shutil.rmtree(entry, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for the folder."""
+def _locked(folder: Path, blocking: bool = True) -> Iterator[bool]:
+    """Hold the lock of a folder itself, until the block or the process ends; give
+    whether it was free, where that is not waited for. A lock file would be left behind.
+
+    Raises:
+        OSError: The file system has no locks, or the folder is gone.
+    """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        yield lock_descriptor(handle, blocking=blocking)
     finally:
         os.close(handle)
 

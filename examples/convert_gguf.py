@@ -1,5 +1,6 @@
 """Convert a GGUF file, tokenizer and chat template included, and write with it.
 
+    pip install 'mlx-flashhead[gguf]'
     python examples/convert_gguf.py MODEL.gguf FOLDER [--max-tokens N]
 
 With SmolLM2-135M-Instruct it prints (long lines wrapped):

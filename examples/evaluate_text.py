@@ -23,7 +23,7 @@ from mlx_flashhead.convert.collect import hidden_states
 
 from mlx_flashhead import demo_model, flash_heads, load
 from mlx_flashhead.evaluation.fidelity import measure
-from mlx_flashhead.folder.format import head_config
+from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.integration.locate import get_module, head_table
 
 LICENSE = Path(__file__).parents[1] / "LICENSE"
@@ -35,7 +35,7 @@ LICENSE = Path(__file__).parents[1] / "LICENSE"
 @click.option("--tokens", default=256, help="Tokens of it, at most.")
 def main(folder: str | None, text: str, tokens: int) -> None:
     folder = folder or str(demo_model.default()[0])
-    path = head_config(folder)["head_path"]
+    path = read_section(folder).head_path
     dense, tokenizer = load(folder, dense=True)
     ids = tokenizer.encode(Path(text).read_text(encoding="utf-8"))[: tokens + 1]
     states = hidden_states(dense, path, ids)

@@ -19,8 +19,7 @@ With Gemma 3 270M it prints (long lines wrapped):
 import click
 from mlx_lm import stream_generate
 
-from mlx_flashhead import demo_model, load
-from mlx_flashhead.integration import decode
+from mlx_flashhead import acceptance, demo_model, load
 
 
 @click.command()
@@ -33,17 +32,17 @@ def main(target: str | None, draft: str | None, max_tokens: int) -> None:
     draft_model, _ = load(draft or folder)
     prompt = "The steam engine was invented"
     print(prompt, end="")
-    for response in stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=max_tokens,
-        draft_model=draft_model,
-        num_draft_tokens=3,
-    ):
-        print(response.text, end="", flush=True)
-    found = decode.last_acceptance
-    print(f"\n\n{found.accepted} of {found.proposed} draft tokens were accepted")
+    with acceptance() as drafts:
+        for response in stream_generate(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=max_tokens,
+            draft_model=draft_model,
+            num_draft_tokens=3,
+        ):
+            print(response.text, end="", flush=True)
+    print(f"\n\n{drafts.accepted} of {drafts.proposed} draft tokens were accepted")
 
 
 if __name__ == "__main__":

@@ -52,6 +52,17 @@ def _check_plot(path: str) -> None:
         raise ValueError(f"--plot {path}: the name must end in .png, .svg or .pdf")
 
 
+def write_whole(path: str, save: Callable[[Path], object]) -> None:
+    """Write a file whole: ``save(other)`` makes it aside."""
+    target = Path(path)
+    aside = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        save(aside)
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 class Listed(click.ParamType):  # type: ignore[type-arg]  # generic in new versions
     """Values with commas between them."""
 

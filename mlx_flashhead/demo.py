@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 import mlx.nn as nn
@@ -13,7 +12,7 @@ from mlx_lm.sample_utils import make_sampler
 from . import demo_model
 from .cli import one_line_errors
 from .compute.device import blas_hint
-from .folder.format import head_config
+from .folder.section import Section, read_section
 from .integration.locate import flash_heads
 from .load import load
 
@@ -38,7 +37,7 @@ def compare(folder: str | Path, prompt: str, max_tokens: int) -> None:
     Raises:
         ValueError: The folder has no FlashHead.
     """
-    section = head_config(folder)
+    section = read_section(folder)
     if section is None:
         raise ValueError(
             f"{folder} has no FlashHead; make one with mlx_flashhead.convert"
@@ -58,19 +57,20 @@ def compare(folder: str | Path, prompt: str, max_tokens: int) -> None:
         speeds[name] = response.generation_tps
         click.echo(f"\n[{speeds[name]:.1f} tokens per second]")
     dense_tps, flash_tps = speeds.values()
-    measured = section["measured"]
     click.echo(
-        f"\nFlashHead ran at {flash_tps / dense_tps:.2f} times "
-        "the dense head's speed.\n"
-        f"Recall {100 * measured['recall']:.2f} % and KL {measured['kl']:.4f} nats on "
-        f"{measured['held_out_tokens']:,} held-out tokens, as measured when "
-        f"{folder} was converted."
+        f"\nFlashHead ran at {flash_tps / dense_tps:.2f} times the dense head's speed."
     )
+    if found := section.measured:
+        click.echo(
+            f"Recall {100 * found.recall:.2f} % and KL {found.kl:.4f} nats on "
+            f"{found.held_out_tokens:,} held-out tokens, as measured when "
+            f"{folder} was converted."
+        )
 
 
-def _describe(model: nn.Module, section: dict[str, Any], dense: bool) -> str:
+def _describe(model: nn.Module, section: Section, dense: bool) -> str:
     if dense:
-        return f"reads all {section['vocab_size']:,} rows"
+        return f"reads all {section.vocab_size:,} rows"
     head = next(flash_heads(model))
     share = 100 * head.rows_read() / head.vocab_size
     return f"reads {share:.1f} % of them, in {head.rows.bits} bits"

@@ -19,7 +19,7 @@ from mlx_lm.generate import setup_arg_parser
 from . import demo_model
 from .cli import one_line_errors
 from .compute.device import blas_hint
-from .integration import decode
+from .integration.decode import acceptance
 from .integration.patch import patched
 from .run import OPTIONS
 
@@ -100,15 +100,14 @@ def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> 
         before = sys.argv
         sys.argv = ["mlx_flashhead.generate", *argv]
         try:
-            with patched(n_probes=n_probes, dense=dense):
+            with acceptance() as drafts, patched(n_probes=n_probes, dense=dense):
                 mlx_lm_main()
         finally:
             sys.argv = before
         if ctx.params.get("draft_model") is not None:
-            found = decode.last_acceptance
             click.echo(
-                f"Draft tokens accepted: {found.accepted} of {found.proposed} "
-                f"({found.rate:.0%})",
+                f"Draft tokens accepted: {drafts.accepted} of {drafts.proposed} "
+                f"({drafts.rate:.0%})",
                 err=True,
             )
 

@@ -9,7 +9,9 @@ import mlx.nn as nn
 from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .integration.patch import patch_decoding, patched
+from .folder.format import HEAD_FILE
+from .integration import loading
+from .integration.patch import patch_decoding, stock_loader
 
 
 @overload
@@ -75,10 +77,27 @@ def load(
           errors of the hub come as they are.
         PatchError: The installed mlx-lm is not one that this package knows.
     """
+    options = dict(kwargs)
+    adapter_path = options.pop("adapter_path", None)
+    return_config = options.pop("return_config", False)
+    revision = options.pop("revision", None)
     # Left out, transformers asks on the terminal whether a tokenizer's code may run.
-    trust = {"trust_remote_code": kwargs.get("trust_remote_code", False)}
-    kwargs["tokenizer_config"] = trust | (kwargs.get("tokenizer_config") or {})
-    with patched(n_probes=n_probes, dense=dense):
-        loaded = utils.load(str(path_or_hf_repo), **kwargs)
+    tokenizer_config = {"trust_remote_code": options.get("trust_remote_code", False)}
+    tokenizer_config |= options.pop("tokenizer_config", None) or {}
+    patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
+    folder = utils._download(str(path_or_hf_repo), revision, patterns)
+    model, config = loading.load_model(
+        stock_loader("load_model"), folder, n_probes=n_probes, dense=dense, **options
+    )
+    if adapter_path is not None:
+        stock = stock_loader("load_adapters")
+        model = loading.load_adapters(stock, model, adapter_path)
+        model.eval()
+    tokenizer = loading.load_tokenizer(
+        stock_loader("load_tokenizer"),
+        folder,
+        tokenizer_config,
+        eos_token_ids=config.get("eos_token_id"),
+    )
     patch_decoding()
-    return loaded
+    return (model, tokenizer, config) if return_config else (model, tokenizer)

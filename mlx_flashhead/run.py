@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import click
@@ -53,9 +55,14 @@ def run(module: str, argv: list[str], **options: Any) -> None:
         sys.argv = before
 
 
-def command(name: str, module: str | None, text: str) -> click.Command:
+def command(
+    name: str,
+    module: str | None,
+    text: str,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> click.Command:
     """A command that hands its arguments to an mlx-lm module, or to the one that its
-    first argument names."""
+    first argument names, which runs in the context ``around()``."""
 
     @click.pass_context
     def callback(ctx: click.Context, /, words: tuple[str, ...], **options: Any) -> None:
@@ -65,7 +72,7 @@ def command(name: str, module: str | None, text: str) -> click.Command:
             argv = ["--help"]
         if message := blas_hint():
             click.echo(message, err=True)
-        with one_line_errors():
+        with one_line_errors(), around():
             run(target, argv, **options)
 
     return click.Command(

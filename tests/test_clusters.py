@@ -13,7 +13,7 @@ from mlx_flashhead.convert.clustering import cluster, directions
 from mlx_flashhead.convert.published import ClustersError, pack_clusters, read_clusters
 
 from mlx_flashhead import flash_heads, load
-from mlx_flashhead.folder.format import head_config
+from mlx_flashhead.folder.section import read_section
 
 V, D = 1003, 64
 
@@ -190,10 +190,8 @@ def test_conversion_with_published_clusters(untied_source, tmp_path):
     plain = convert(str(untied_source), tmp_path / "plain", **options)
     assert theirs.recall > plain.recall - 0.03
     assert theirs.kl < 1.3 * plain.kl + 0.01
-    section = head_config(tmp_path / "theirs")
-    assert section["clusters"] == "assets" and "clusters" not in head_config(
-        tmp_path / "plain"
-    )
+    assert read_section(tmp_path / "theirs").clusters == "assets"
+    assert read_section(tmp_path / "plain").clusters is None
     (head,) = flash_heads(load(tmp_path / "theirs")[0])
     ids = np.array(head.token_ids).reshape(-1)[:V]
     assert sorted(ids) == list(range(V))

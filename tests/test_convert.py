@@ -22,7 +22,8 @@ from test_gguf import gguf_tensors, reference_model, write_gguf
 from mlx_flashhead import FlashHead, flash_heads, load
 from mlx_flashhead.compute import linalg
 from mlx_flashhead.compute.table import Table
-from mlx_flashhead.folder.format import HEAD_FILE, head_config
+from mlx_flashhead.folder.format import HEAD_FILE
+from mlx_flashhead.folder.section import Measured, read_section
 from mlx_flashhead.head import ALWAYS
 from mlx_flashhead.integration.locate import find_head, get_module, head_table
 
@@ -60,7 +61,7 @@ def assert_permuted(folder: Path, table: Table) -> None:
     """The stored rows are those of the table, bit for bit, in another order."""
     tensors = stored(folder)
     order = tensors["token_ids"].reshape(-1)[: table.weight.shape[0]]
-    for name, array in zip(("weight", "scales", "biases"), table._arrays()):
+    for name, array in zip(("weight", "scales", "biases"), table.arrays):
         if array is None:
             assert f"rows.{name}" not in tensors
             continue
@@ -122,7 +123,7 @@ def test_the_dense_head_is_kept_and_its_digest_stored(request, kind):
     assert mx.array_equal(table.weight, dense_table(source).weight)
     digest = hashlib.sha256(f"{table.weight.dtype}{table.weight.shape}".encode())
     digest.update(bytes(memoryview(mx.contiguous(table.weight).view(mx.uint8))))
-    assert head_config(folder)["head_sha256"] == digest.hexdigest()
+    assert read_section(folder).head_sha256 == digest.hexdigest()
 
 
 @pytest.mark.parametrize("vocab_size, cluster_size", [(601, 16), (258, 128), (512, 64)])
@@ -144,8 +145,8 @@ def test_a_16_bit_head_keeps_its_rows(tied_source, tmp_path):
     report, head = make(tied_source, tmp_path / "made", head_bits=16, centroid_bits=16)
     assert (report.head_bits, report.centroid_bits, report.dense_bits) == (16, 16, 16)
     assert_permuted(tmp_path / "made", dense_table(tied_source))
-    section = head_config(tmp_path / "made")
-    assert section["rows"]["bits"] == section["centroids"]["bits"] == 16
+    section = read_section(tmp_path / "made")
+    assert section.rows.bits == section.centroids.bits == 16
 
 
 def test_16_bits_are_16_bits(untied_source, tmp_path):
@@ -278,7 +279,7 @@ def test_dtype(untied_source, tmp_path, dtype):
     assert tensors["centroids.scales"].dtype == getattr(mx, dtype)
     model, _ = load(tmp_path / "made")
     kind = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else fine
-    assert {a.dtype for a in next(flash_heads(model)).rows._arrays()[1:]} == {kind}
+    assert {a.dtype for a in next(flash_heads(model)).rows.arrays[1:]} == {kind}
     assert tensors["spread"].dtype == mx.float32
 
 
@@ -350,7 +351,7 @@ def test_small_vocabularies_probe_more_than_what_is_always_probed(tmp_path):
 
 def test_recipe_paper(untied_source, tmp_path):
     _, head = make(untied_source, tmp_path / "made", recipe="paper", cluster_size=8)
-    assert head_config(tmp_path / "made")["recipe"] == "paper"
+    assert read_section(tmp_path / "made").recipe == "paper"
     assert (np.array(head.spread) == 0).all()
     norms = np.linalg.norm(unpack(head.centroids), axis=1)
     np.testing.assert_allclose(norms, 1, atol=0.1)
@@ -365,7 +366,7 @@ def test_calibration_data(untied_source, tmp_path, suffix):
     else:
         file.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     report, _ = make(untied_source, tmp_path / "made", calibration_data=file)
-    assert head_config(tmp_path / "made")["calibration"] == file.name
+    assert read_section(tmp_path / "made").calibration == file.name
     # Of twelve texts the fifth and the tenth are held out.
     share = collect.N_TOKENS // 12
     held_out = [min(len(texts[i]), share + 1) - 1 for i in (4, 9)]
@@ -444,11 +445,10 @@ def test_the_report_is_true(tmp_path, monkeypatch, name, on_gpu):
     error = kl.std() / len(some) ** 0.5
     assert abs(report.kl - kl.mean()) < 5 * error + 1e-4
 
-    measured = head_config(tmp_path / "made")["measured"]
-    assert measured == {
-        key: getattr(report, key)
-        for key in ("recall", "agreement", "kl", "held_out_tokens")
-    }
+    measured = read_section(tmp_path / "made").measured
+    assert measured == Measured(
+        report.recall, report.agreement, report.kl, report.held_out_tokens
+    )
 
 
 def test_the_report_says_what_to_do_next(untied_source, tmp_path):

@@ -21,8 +21,18 @@ from mlx_lm.models import cache as caches
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from mlx_flashhead import FlashHead, flash_heads, load, patch, patched, unpatch
+from mlx_flashhead import (
+    FlashHead,
+    acceptance,
+    flash_heads,
+    load,
+    patch,
+    patched,
+    unpatch,
+)
+from mlx_flashhead.head import flash_head
 from mlx_flashhead.integration import decode
+from mlx_flashhead.integration.slots import intercepted
 
 generate = importlib.import_module("mlx_lm.generate")
 STOCK = [
@@ -51,7 +61,8 @@ def now() -> list:
 @pytest.fixture
 def retrieving(monkeypatch):
     """The rule for the cheaper way would take the dense head where all is probed."""
-    monkeypatch.setattr(FlashHead, "prefers_dense", lambda self, *a, **k: False)
+    for module in (decode, flash_head):
+        monkeypatch.setattr(module, "prefers_dense", lambda *_: False)
 
 
 @pytest.fixture
@@ -67,12 +78,19 @@ def counted(monkeypatch):
     return sizes
 
 
+class Dense(FlashHead):
+    """The rows of a FlashHead, all of them."""
+
+    def __call__(self, x):
+        return self.dense(x).astype(x.dtype)
+
+
 def dense(folder):
     """The model with the dense head of the FlashHead's rows, and stock mlx-lm."""
     model, tokenizer = load(folder)
     unpatch()
     head = next(flash_heads(model))
-    object.__setattr__(head, "_answer", lambda x: head.dense(x).astype(x.dtype))
+    head.__class__ = Dense
     return model, tokenizer
 
 
@@ -350,14 +368,14 @@ def test_drafts_change_nothing_but_speed(
     patch()
     wanted = tokens_of(target, tokenizer, n=20)
     options = {"draft_model": draft, "num_draft_tokens": num_draft_tokens}
-    responses = list(
-        mlx_lm.stream_generate(target, tokenizer, PROMPT, max_tokens=20, **options)
-    )
+    with acceptance() as drafts:
+        responses = list(
+            mlx_lm.stream_generate(target, tokenizer, PROMPT, max_tokens=20, **options)
+        )
     assert [r.token for r in responses] == wanted
-    found = decode.last_acceptance
     yielded = sum(r.from_draft for r in responses[:-1])
-    assert yielded <= found.accepted <= yielded + 1
-    assert 0.3 < found.rate <= 1 and found.proposed >= found.accepted
+    assert yielded <= drafts.accepted <= yielded + 1
+    assert 0.3 < drafts.rate <= 1 and drafts.proposed >= drafts.accepted
     for r in responses:
         assert r.logprobs.shape == (1003,)
         assert abs(mx.logsumexp(r.logprobs).item()) < 1e-4
@@ -366,11 +384,13 @@ def test_drafts_change_nothing_but_speed(
 
 def test_a_draft_of_itself_is_always_right(untied_folder, retrieving):
     model, tokenizer = flash(untied_folder)
-    tokens_of(model, tokenizer, draft_model=model, n=13)
-    assert decode.last_acceptance.rate == 1
+    with acceptance() as drafts:
+        tokens_of(model, tokenizer, draft_model=model, n=13)
+    assert drafts.rate == 1
     other, _ = small_models.build("llama", 1003, seed=9, tie_word_embeddings=False)
-    tokens_of(model, tokenizer, draft_model=other, n=13)
-    assert decode.last_acceptance.rate < 0.3
+    with acceptance() as drafts:
+        tokens_of(model, tokenizer, draft_model=other, n=13)
+    assert drafts.rate < 0.3
 
 
 def test_drafts_with_processors_and_samplers(untied_folder, retrieving):
@@ -520,7 +540,7 @@ def test_an_adapter_of_the_layers(
     unpatch()
     plain = tokens_of(*dense(untied_folder))
     head = next(flash_heads(model))
-    with head.answering(lambda x: head.dense(x)):
+    with intercepted(head, lambda x: head.dense(x)):
         wanted = tokens_of(model, tokenizer)
     patch(n_probes=126)
     found = tokens_of(*mlx_lm.load(str(untied_folder), adapter_path=path))
@@ -604,7 +624,7 @@ def test_evaluate_scores_with_the_dense_head(untied_folder, evaluate):
     model = evaluate.MLXLM(str(untied_folder), use_chat_template=False)
     head = next(flash_heads(model._model))
     found = model.loglikelihood(requests), model.loglikelihood_rolling(rolling)
-    with head.answering(lambda x: head.dense(x)):
+    with intercepted(head, lambda x: head.dense(x)):
         wanted = model.loglikelihood(requests), model.loglikelihood_rolling(rolling)
     for (a, greedy_a), (b, greedy_b) in zip(found[0], wanted[0]):
         assert a == pytest.approx(b, abs=1e-4) and greedy_a == greedy_b

@@ -65,6 +65,11 @@ ELSEWHERE = {
         "tests/test_packaging.py",
         '"install", "--no-index", "--no-deps", wheel',
     ),
+    "pip install 'mlx-flashhead[gguf]'": (
+        "likewise; without it, this is what the converter says",
+        "tests/test_gguf.py",
+        "pip install 'mlx-flashhead[gguf]'",
+    ),
     ".venv/bin/pre-commit install": (
         "changes the repository; the hooks are the tools of make lint",
         ".pre-commit-config.yaml",

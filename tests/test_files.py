@@ -17,15 +17,22 @@ from small_heads import make_head, random_states
 from mlx_flashhead import FlashHead, flash_heads, load
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.folder.format import (
-    CONFIG_KEY,
-    FORMAT_VERSION,
     HEAD_FILE,
-    FormatError,
     describe,
-    head_config,
     load_head,
     save_head,
+    seal,
     table_sha256,
+)
+from mlx_flashhead.folder.section import (
+    CONFIG_KEY,
+    FORMAT_VERSION,
+    FormatError,
+    Measured,
+    Section,
+    TableForm,
+    has_section,
+    read_section,
 )
 
 
@@ -33,10 +40,13 @@ def tensors_of(head: FlashHead) -> dict[str, mx.array]:
     return dict(tree_flatten(head.parameters()))
 
 
-def save(folder: Path, head: FlashHead) -> dict:
+def save(folder: Path, head: FlashHead) -> Section:
+    """The section as a real folder has it."""
     save_head(folder, head)
-    # Through JSON, as in a real folder.
-    return json.loads(json.dumps(describe(head, "lm_head", "0" * 64)))
+    seal(folder, describe(head, "lm_head", "0" * 64), [])
+    section = read_section(folder)
+    assert section is not None and section.intact
+    return section
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -78,12 +88,12 @@ def test_a_head_comes_back_bit_for_bit(tmp_path, bits, centroid_bits, dtype, bia
 
 def test_the_config_describes_the_head(tmp_path):
     section = save(tmp_path, make_head(497, bits=6, centroid_bits=3).head)
-    assert section["format_version"] == FORMAT_VERSION == 3
-    assert section["head_path"] == "lm_head"
-    assert section["rows"] == {"bits": 6, "group_size": 32, "mode": "affine"}
-    assert section["centroids"] == {"bits": 3, "group_size": 32, "mode": "affine"}
-    assert (section["n_clusters"], section["cluster_size"]) == (63, 8)
-    assert (section["vocab_size"], section["hidden_size"]) == (497, 64)
+    assert section.format_version == FORMAT_VERSION == 3
+    assert section.head_path == "lm_head"
+    assert section.rows == TableForm(bits=6, group_size=32, mode="affine")
+    assert section.centroids == TableForm(bits=3, group_size=32, mode="affine")
+    assert (section.n_clusters, section.cluster_size) == (63, 8)
+    assert (section.vocab_size, section.hidden_size) == (497, 64)
 
 
 def test_the_file_is_plain_safetensors(tmp_path):
@@ -100,30 +110,78 @@ def test_the_file_is_plain_safetensors(tmp_path):
 
 def test_version_1_had_one_temperature(tmp_path):
     head = make_head(497).head
-    section = save(tmp_path, head)
-    section |= {"format_version": 1, "tail_offset": head.tail_offset[0]}
-    del section["temperatures"]
+    stored = save(tmp_path, head).to_json()
+    stored |= {"format_version": 1, "tail_offset": head.tail_offset[0]}
+    del stored["temperatures"]
     tensors = mx.load(str(tmp_path / HEAD_FILE))
     tensors["excess"] = tensors["excess"][0] + 0
     mx.eval(tensors)
     mx.save_safetensors(str(tmp_path / HEAD_FILE), tensors)
-    back = load_head(tmp_path, section)
+    back = load_head(tmp_path, Section.from_json(stored))
     x = mx.array(random_states(3))
     assert mx.array_equal(head(x), back(x))
     assert back.temperatures == (1.0,) and back.tail_offset == head.tail_offset
 
 
-def test_head_config(tmp_path):
-    assert head_config(tmp_path) is None
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert head_config(str(tmp_path)) is None
+def test_a_folder_has_a_section_or_not(tmp_path):
+    for text in (None, '{"model_type": "llama"}'):
+        if text is not None:
+            (tmp_path / "config.json").write_text(text)
+        assert read_section(tmp_path) is None and not has_section(str(tmp_path))
+    # The dense head needs nothing of it.
     (tmp_path / "config.json").write_text('{"flashhead": {"n_probes": 3}}')
-    assert head_config(tmp_path) == {"n_probes": 3}
-    for text in ("{", "[1, 2]", "\x00", ""):
+    assert has_section(tmp_path)
+    for text in ('{"flashhead": {"n_probes": 3}}', "{", "[1, 2]", "\x00", ""):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(FormatError) as error:
-            head_config(tmp_path)
-        assert "\n" not in str(error.value)
+            read_section(tmp_path)
+        assert "config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+# As folders have it that were converted before there was a class for it.
+STORED = """{
+    "format_version": 3, "head_path": "lm_head", "head_sha256": "03", "vocab_size": 497,
+    "hidden_size": 64, "n_clusters": 63, "cluster_size": 8, "n_probes": 4,
+    "temperatures": [2.0, 1, 0.3], "tail_offset": [0, 0.25, -1e-08],
+    "rows": {"bits": 8, "group_size": 32, "mode": "affine"},
+    "centroids": {"bits": 16, "group_size": 0, "mode": "affine"},
+    "recipe": "default", "seed": 0, "calibration": "built-in",
+    "measured": {"recall": 1.0, "agreement": 0.99, "kl": 0.01, "held_out_tokens": 9},
+    "clusters": "assets", "files": {"flashhead.safetensors": "47"},
+    "sha256": "%s"
+}"""
+DIGEST = "0cb59472096c25b67fc40f5bafa5f010624e7a06a075c4c341392cf8f7f82df2"
+
+
+def test_a_section_is_read_as_it_was_written():
+    stored = json.loads(STORED % DIGEST)
+    section = Section.from_json(stored)
+    assert section.intact and section.to_json() == stored
+    assert section.measured == Measured(1.0, 0.99, 0.01, 9)
+    # What is unknown here is the digest's business alone.
+    assert not Section.from_json(stored | {"later": [1]}).intact
+    assert not Section.from_json(stored | {"n_probes": 5}).intact
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("recipe", 3),
+        ("seed", "0"),
+        ("calibration", None),
+        ("clusters", ["assets"]),
+        ("head_sha256", 5),
+        ("measured", {"recall": 1.0}),
+        ("measured", {"recall": 1, "agreement": 1, "kl": "0", "held_out_tokens": 9}),
+        ("files", ["flashhead.safetensors"]),
+        ("files", {"../flashhead.safetensors": "47"}),
+        ("files", {"flashhead.safetensors": 47}),
+    ],
+)
+def test_what_a_section_says_of_its_making_is_checked_too(key, value):
+    stored = json.loads(STORED % DIGEST) | {key: value}
+    with pytest.raises(FormatError, match=rf"^{key}\b.*; convert the model again$"):
+        Section.from_json(stored)
 
 
 def test_sha256_is_of_the_rows_as_stored():

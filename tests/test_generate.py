@@ -21,7 +21,8 @@ from mlx_lm import utils
 from mlx_flashhead import demo_model, flash_heads, load
 from mlx_flashhead.compute import device
 from mlx_flashhead.demo import main as demo_command
-from mlx_flashhead.folder.format import HEAD_FILE, head_config
+from mlx_flashhead.folder.format import HEAD_FILE
+from mlx_flashhead.folder.section import TableForm, read_section
 from mlx_flashhead.generate import main as generate_command
 
 # The module; the package has a function of this name.
@@ -324,7 +325,7 @@ def test_demo(untied_folder):
     ):
         assert text in result.stdout
     assert result.stdout.count("tokens per second") == 2
-    recall = head_config(untied_folder)["measured"]["recall"]
+    recall = read_section(untied_folder).measured.recall
     assert f"Recall {100 * recall:.2f} %" in result.stdout
 
 
@@ -402,11 +403,11 @@ def test_convert_flags_reach_the_folder(untied_source, tmp_path):
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     assert report["head_bits"] == 6 and report["centroid_bits"] == 5
-    section = head_config(tmp_path / "made")
-    assert section["rows"] == {"bits": 6, "group_size": 32, "mode": "affine"}
-    assert section["centroids"] == {"bits": 5, "group_size": 32, "mode": "affine"}
-    assert (section["cluster_size"], section["n_probes"]) == (10, 12)
-    assert (section["seed"], section["recipe"]) == (5, "paper")
+    section = read_section(tmp_path / "made")
+    assert section.rows == TableForm(bits=6, group_size=32)
+    assert section.centroids == TableForm(bits=5, group_size=32)
+    assert (section.cluster_size, section.n_probes) == (10, 12)
+    assert (section.seed, section.recipe) == (5, "paper")
     config = json.loads((tmp_path / "made/config.json").read_text())
     assert (config["quantization"]["bits"], config["quantization"]["group_size"]) == (
         *(8, 32),

@@ -12,6 +12,8 @@ import io
 import json
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
@@ -644,6 +646,39 @@ def test_large_models_are_sharded(tmp_path, llama_file, monkeypatch):
     assert set(index["weight_map"].values()) == set(files)
     expected = reference_model("llama")
     np.testing.assert_allclose(logits(model), logits(expected), atol=2e-4)
+
+
+HIDDEN_PACKAGES = """
+import sys
+sys.modules["gguf"] = None  # as if it were not there
+sys.argv[0] = "mlx_flashhead.convert"
+from mlx_flashhead.convert.cli import main
+main()
+"""
+
+
+def test_other_models_do_without_the_package(llama_file, tmp_path):
+    """Only where a GGUF file is given is it looked for."""
+
+    def ran(*words) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", HIDDEN_PACKAGES, *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+
+    assert ran("--help").returncode == 0
+    done = ran("--gguf-path", llama_file)
+    assert done.returncode == 1
+    *_, last = done.stderr.splitlines()
+    assert last == (
+        f"Error: --gguf-path {llama_file} needs the package gguf: "
+        "pip install 'mlx-flashhead[gguf]'"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_converter_imports_the_package_only_to_read_a_file():
+    code = "import sys, mlx_flashhead.convert.cli; print('gguf' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def fails(path: Path, match: str, action=read_gguf) -> None:

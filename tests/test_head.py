@@ -13,7 +13,8 @@ from small_heads import expected, make_head, random_states, unpack
 
 from mlx_flashhead import FlashHead
 from mlx_flashhead.compute.table import Table
-from mlx_flashhead.head import ALWAYS, FlashEmbedding, default_n_probes
+from mlx_flashhead.head import ALWAYS, default_n_probes, prefers_dense
+from mlx_flashhead.integration.slots import FlashEmbedding
 
 # bits of the rows, of the centroids, and dtype of what is not quantized
 FORMATS = [
@@ -166,7 +167,7 @@ def test_a_head_cannot_be_made_with_no_probes():
 def test_dense_equals_a_quantized_linear_bit_for_bit(bits):
     made = make_head(bits=bits)
     linear = nn.QuantizedLinear(64, 500, bias=False, group_size=32, bits=bits)
-    linear.weight, linear.scales, linear.biases = made.table._arrays()
+    linear.weight, linear.scales, linear.biases = made.table.arrays
     for shape in [(1, 64), (7, 64), (2, 3, 64)]:
         x = mx.random.normal(shape)
         assert mx.array_equal(made.head.dense(x), linear(x))
@@ -213,12 +214,12 @@ def test_a_step_that_would_read_all_rows_goes_dense():
 
 def test_on_a_gpu_large_batches_go_dense(monkeypatch):
     head = make_head(n_probes=3).head
-    assert not head.prefers_dense(10_000)
+    assert not prefers_dense(head, 10_000)
     gpu = mx.Device(mx.gpu)
     monkeypatch.setattr("mlx_flashhead.compute.device.mx.default_device", lambda: gpu)
     limits = {False: 0.55, True: 2.5}
     for sorts, limit in limits.items():
-        dense = [head.prefers_dense(n, sorts) for n in range(1, 80)]
+        dense = [prefers_dense(head, n, sorts) for n in range(1, 80)]
         reads = [head.rows_read(n) / 500 >= limit for n in range(1, 80)]
         assert dense == reads and 0 < sum(dense) < 79
 

@@ -120,8 +120,6 @@ def check_probe(dtype, bits, group_size, D, m, B, C, p, stats, scales=None):
         np.testing.assert_array_equal(np.array(full.block_max), blocks.max(-1))
         first = blocks.argmax(-1) + np.arange(p) * m
         np.testing.assert_array_equal(np.array(full.block_argmax), first)
-        sums = np.exp(blocks.astype(np.float64) - blocks.max(-1, keepdims=True)).sum(-1)
-        np.testing.assert_allclose(np.array(full.block_sumexp), sums, rtol=1e-5)
     assert got.dtype == np.float32
     finite = np.isfinite(want)
     np.testing.assert_array_equal(got[~finite], want[~finite])
@@ -167,7 +165,6 @@ def test_a_cluster_of_padding_never_wins():
     )
     assert full.block_max.tolist() == [[-32.0, -32.0, -mx.inf]]
     assert full.block_argmax.tolist() == [[0, 4, 8]]
-    assert full.block_sumexp.tolist() == [[4.0, 1.0, 0.0]]
 
 
 # ---- greedy and sample -------------------------------------------------------------
@@ -233,22 +230,6 @@ def test_sample(B, K, settings, tail):
             assert edges[chosen] - 1e-6 <= u <= edges[chosen + 1] + 1e-6
 
 
-def test_sample_gives_tokens_and_marks_the_tail():
-    B, p, m, C = 4, 8, 16, 30
-    logits = random(B, p * m, seed=9)
-    probes = mx.array(np.arange(B * p, dtype=np.uint32).reshape(B, p) % C)
-    ids = (mx.arange(C * m, dtype=mx.uint32) * 3).reshape(C, m)
-    key = mx.random.key(5)
-    tail = mx.array([[-100.0] * 2, [100.0] * 2] * 2)
-    chosen = sample.sample(logits, key, tail=tail)
-    tokens = sample.sample(logits, key, tail=tail, probes=probes, token_ids=ids)
-    for b, (k, token) in enumerate(zip(chosen.tolist(), tokens.tolist())):
-        if b % 2:
-            assert (k, token) == (p * m, 0xFFFFFFFF)
-        else:
-            assert token == ids[probes[b, k // m].item(), k % m].item()
-
-
 # ---- trust -------------------------------------------------------------------------
 
 
@@ -260,7 +241,7 @@ def test_sample_gives_tokens_and_marks_the_tail():
         lambda: probe_logits._check(True, mx.zeros((1, 640), BF16), 16, F16, 64, 8),
         lambda: probe_logits._check(False, mx.zeros((1, 64), F16), 16, None, 32, 16),
         lambda: greedy._check(F32, True, True),
-        lambda: sample._check(9000, BF16, (True, False, True), 16),
+        lambda: sample._check(9000, BF16, (True, False, True)),
     ],
 )
 def test_the_check_at_first_use_passes(check):

@@ -20,9 +20,10 @@ from small_heads import unpack
 
 import mlx_flashhead
 from mlx_flashhead import FlashHead, flash_heads, load, patch, patched, unpatch
-from mlx_flashhead.folder.format import HEAD_FILE, head_config, seal
-from mlx_flashhead.head import FlashEmbedding
+from mlx_flashhead.folder.format import HEAD_FILE, seal
+from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.integration.patch import PatchError
+from mlx_flashhead.integration.slots import FlashEmbedding, FlashLinear
 
 STOCK = utils.load_model
 PATTERNS = list(utils.DEFAULT_ALLOW_PATTERNS)
@@ -90,7 +91,7 @@ def test_prompts_get_the_dense_logits_of_the_stored_rows(request, kind):
 
 def test_load_puts_the_head_in_place(untied_folder, tied_folder):
     model, tokenizer = load(untied_folder)
-    assert type(model.lm_head) is FlashHead
+    assert type(model.lm_head) is FlashLinear
     assert tokenizer.decode(tokenizer.encode("abc")) == "abc"
     model, _ = load(str(tied_folder))
     assert type(model.model.embed_tokens) is FlashEmbedding
@@ -100,8 +101,8 @@ def test_load_puts_the_head_in_place(untied_folder, tied_folder):
 
 def test_load_options(untied_folder):
     model, _ = load(untied_folder, n_probes=3)
-    assert model.lm_head.n_probes == 3
-    assert load(untied_folder)[0].lm_head.n_probes == 90
+    assert model.lm_head.head.n_probes == 3
+    assert load(untied_folder)[0].lm_head.head.n_probes == 90
     assert n_heads(load(untied_folder, dense=True)[0]) == 0
     *_, config = load(untied_folder, lazy=True, return_config=True)
     assert config["flashhead"]["n_probes"] == 90
@@ -141,7 +142,7 @@ def test_a_tied_model_has_one_table_in_memory(tied_folder):
     vocabulary = [k for k, v in parameters.items() if 1003 in v.shape]
     assert vocabulary == []
     dense, _ = load(tied_folder, dense=True)
-    table = sum(a.nbytes for a in model.model.embed_tokens.head.rows._arrays())
+    table = sum(a.nbytes for a in model.model.embed_tokens.head.rows.arrays)
     assert table < 0.4 * dense.model.embed_tokens.weight.nbytes
     flash_bytes = sum(v.nbytes for v in parameters.values())
     dense_bytes = sum(v.nbytes for _, v in tree_flatten(dense.parameters()))
@@ -161,7 +162,7 @@ def test_the_dense_head_is_not_read(request, tmp_path, kind):
     start, end = json.loads(data[8 : 8 + length])[name]["data_offsets"]
     data[8 + length + start : 8 + length + end] = b"\xff" * (end - start)
     file.write_bytes(data)
-    seal(copy, head_config(copy), [file])
+    seal(copy, read_section(copy), [file])
     assert np.isnan(logits(mlx_lm.load(str(copy))[0])).any()
     assert np.array_equal(logits(load(copy)[0]), wanted)
 
@@ -185,7 +186,7 @@ def test_patching_twice_is_patching_once(untied_folder):
     patch()
     patch(n_probes=5)
     model, _ = mlx_lm.load(str(untied_folder))
-    assert model.lm_head.n_probes == 5
+    assert model.lm_head.head.n_probes == 5
     assert utils.DEFAULT_ALLOW_PATTERNS.count(HEAD_FILE) == 1
     unpatch()
     assert is_stock()

@@ -20,7 +20,14 @@ from test_files import complaint
 from mlx_flashhead import flash_heads, load, patched
 from mlx_flashhead.folder import cache, integrity
 from mlx_flashhead.folder import format as files
-from mlx_flashhead.folder.format import CONFIG_KEY, HEAD_FILE, FormatError
+from mlx_flashhead.folder.format import HEAD_FILE
+from mlx_flashhead.folder.section import (
+    CONFIG_KEY,
+    FormatError,
+    Section,
+    read_section,
+    section_sha256,
+)
 
 TOKENS = mx.array([[72, 101, 108]])
 
@@ -49,10 +56,15 @@ def edit_weights(file: Path, edit) -> None:
     mx.save_safetensors(str(file), weights, {"format": "mlx"})
 
 
+def section_of(folder: Path) -> Section:
+    section = read_section(folder)
+    assert section is not None
+    return section
+
+
 def reseal(folder: Path) -> None:
     """As if the converter had written the files as they are now."""
-    section = files.head_config(folder)
-    files.seal(folder, section, integrity.weight_files(folder))
+    files.seal(folder, section_of(folder), integrity.weight_files(folder))
 
 
 def set_version(folder: Path, version: int) -> None:
@@ -67,13 +79,13 @@ def set_version(folder: Path, version: int) -> None:
 
 
 def head_weight(folder: Path) -> str:
-    return files.head_config(folder)["head_path"] + ".weight"
+    return section_of(folder).head_path + ".weight"
 
 
 def test_the_config_has_the_digests_of_the_files(folder):
-    section = files.head_config(folder)
-    assert section["files"].keys() == {"model.safetensors", HEAD_FILE}
-    for name, digest in section["files"].items():
+    section = section_of(folder)
+    assert section.files.keys() == {"model.safetensors", HEAD_FILE}
+    for name, digest in section.files.items():
         assert cache.file_sha256(folder / name) == digest
 
 
@@ -131,7 +143,7 @@ def test_what_mlx_lm_converts_again(folder, tmp_path, command):
     load(again, dense=True)
     convert(str(again), tmp_path / "last", verbose=False)
     assert len(list(flash_heads(load(tmp_path / "last")[0]))) == 1
-    assert files.head_config(tmp_path / "last")["format_version"] == 3
+    assert section_of(tmp_path / "last").format_version == 3
 
 
 def test_a_changed_model_is_converted_once_the_file_is_gone(folder):
@@ -199,9 +211,10 @@ def test_values_that_are_not_finite(untied_folder, tmp_path, version, name, valu
 def test_an_edited_section(folder, key, value):
     edit_json(folder / "config.json", lambda c: c[CONFIG_KEY].update({key: value}))
     assert "config.json" in complaint(folder)
-    section = files.head_config(folder)
-    section["sha256"] = files.section_sha256(section)
-    edit_json(folder / "config.json", lambda c: c.update({CONFIG_KEY: section}))
+    edit_json(
+        folder / "config.json",
+        lambda c: c[CONFIG_KEY].update(sha256=section_sha256(c[CONFIG_KEY])),
+    )
     if key == "files":
         complaint(folder)
 
@@ -243,7 +256,6 @@ HEADERS = {
     "twice": b'{"a": {"shape": [4]}, "a": '
     + json.dumps(entry([4], [0, 16])["a"]).encode()
     + b"}",
-    "overlap": entry([16], [0, 64]) | {"b": entry([16], [0, 64])["a"]},
 }
 
 
@@ -259,6 +271,53 @@ def test_hostile_headers(untied_folder, tmp_path, kind, name):
 def test_a_header_longer_than_the_file(folder, length):
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + b"{}")
     complaint(folder)
+
+
+F32_8 = {"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}
+LAYOUTS = {
+    "whole": {"a": F32_8, "b": F32_8 | {"data_offsets": [32, 64]}},
+    # No more bytes than the file has, all the same.
+    "overlap": {"a": F32_8, "b": F32_8 | {"data_offsets": [16, 48]}},
+    "hole": {
+        "a": F32_8 | {"shape": [4], "data_offsets": [0, 16]},
+        "b": F32_8 | {"data_offsets": [32, 64]},
+    },
+    "trailing bytes": {"a": F32_8},
+    "name twice": b'{"a": %b, "a": %b}' % ((json.dumps(F32_8).encode(),) * 2),
+    "type that MLX lacks": {
+        "a": {"dtype": "F4", "shape": [128], "data_offsets": [0, 64]}
+    },
+    "zero times huge": {
+        "a": F32_8 | {"shape": [16], "data_offsets": [0, 64]},
+        "b": F32_8 | {"shape": [0, 2**40], "data_offsets": [64, 64]},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensors_fill_their_file_one_after_the_other(tmp_path, layout):
+    file = tmp_path / "model.safetensors"
+    write_header(file, LAYOUTS[layout])
+    if layout == "whole":
+        assert integrity.check_safetensors(file) == 2
+        return
+    with pytest.raises(FormatError) as error:
+        integrity.check_safetensors(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_weights_are_not_read(tmp_path):
+    """A tebibyte of them, that the disk does not have either."""
+    file = tmp_path / "model.safetensors"
+    n_bytes = 1 << 40
+    write_header(file, entry([n_bytes], [0, n_bytes], "U8"), b"")
+    os.truncate(file, file.stat().st_size + n_bytes)
+    with pytest.raises(FormatError, match="MLX"):
+        integrity.check_safetensors(file)
+    shape = [1 << 20, 1 << 20]
+    write_header(file, entry(shape, [0, n_bytes], "U8"), b"")
+    os.truncate(file, file.stat().st_size + n_bytes)
+    assert integrity.check_safetensors(file) == 1
 
 
 @pytest.mark.parametrize("value", [10**9, 1e300, 10**30])

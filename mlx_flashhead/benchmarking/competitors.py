@@ -14,8 +14,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..compute.device import for_device, on_gpu
 from ..compute.table import Table
-from ..folder.format import head_config
-from ..head import FlashHead
+from ..folder.section import has_section
+from ..head import FlashHead, prefers_dense
 from ..head.transform import Transform
 from ..integration.decode import hidden_state
 from ..integration.locate import (
@@ -30,8 +30,9 @@ from ..integration.locate import (
     watching,
 )
 from ..integration.samplers import read_sampler
+from ..integration.slots import FlashLinear
 from ..load import load
-from ..sampling.draw import draw, fits
+from ..sampling import draw, fits
 from .latency import Step
 
 # As --heads names them.
@@ -123,11 +124,11 @@ class Competitor:
             return plain
 
         def flash(h: mx.array, key: mx.array) -> mx.array:
-            if head.prefers_dense(len(h), settings.sorts):
+            if prefers_dense(head, len(h), settings.sorts):
                 return plain(h, key)
             return draw(head, settings, h, key).tokens
 
-        # Fills what a compiled step must find ready.
+        # Checks the kernels, which cannot be done while a chain of steps is compiled.
         mx.eval(flash(mx.zeros((1, head.hidden_size)), mx.random.key(0)))
         return flash
 
@@ -139,14 +140,14 @@ class Competitor:
         if isinstance(self.head, FlashHead):
             return hidden_state(self.head, model, tokens)[:, -1]
         assert self.path is not None  # where the head was found
-        with watching(model, self.path) as seen:
+        with watching(model, self.path) as states:
             model(tokens)
-        return seen.states[-1][:, -1]
+        return states[-1][:, -1]
 
 
 def check(folder: str | Path) -> None:
     """Raise ValueError for a local folder without a FlashHead."""
-    if Path(folder).is_dir() and head_config(folder) is None:
+    if Path(folder).is_dir() and not has_section(folder):
         raise ValueError(
             f"--model {folder} has no FlashHead; make one with mlx_flashhead.convert"
         )
@@ -179,7 +180,7 @@ def heads(
     unquantized = Table(table.dequantize(), bits=8 * table.dtype.size)
     bias = stored.get("bias")
     body = _nbytes(model) - _nbytes(stored)
-    made = []
+    competitors = []
     head: FlashHead | DenseHead
     for kind in kinds:
         if kind == "flash":
@@ -195,7 +196,8 @@ def heads(
             head = DenseHead(rows, bias)
             name = f"dense {kind}-bit"
         mx.eval(head.parameters())
-        made.append(
+        slot = FlashLinear(head) if isinstance(head, FlashHead) else head
+        competitors.append(
             Competitor(
                 name=name,
                 kind=kind,
@@ -203,7 +205,7 @@ def heads(
                 tokenizer=tokenizer,
                 path=path,
                 head=head,
-                module=SplitEmbedding(stored, head) if tied else head,
+                module=SplitEmbedding(stored, slot) if tied else slot,
                 transform=flash.transform,
                 nbytes=body + _nbytes(head),
             )
@@ -216,7 +218,7 @@ def heads(
         )
     if not on_gpu():
         note += " All compute in float32, the fastest on MLX's CPU back-end."
-    return made, note
+    return competitors, note
 
 
 def _group_size(hidden_size: int) -> int:

@@ -22,7 +22,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..compute.linalg import blocks
 from ..compute.table import Table
-from ..head import ALWAYS, FlashHead
+from ..head import ALWAYS, FlashHead, masses
 from ..integration.locate import answering, find_head, get_module, head_table
 from .fidelity import (
     Found,
@@ -277,11 +277,11 @@ class Comparison:
             yield name, truth, Found(logits(h)), everything, None
         found = Found(self._stored(h))
         scores = self._centroid_logits(h)
-        masses = np.array(self._head.log_masses(scores))
+        log_masses = np.array(masses.log_masses(self._head, scores))
         for name, p in self._flash.items():
             probes = self._head.select(scores, p)
             probed = probed_clusters(probes, self._head.n_clusters)
-            yield name, truth, found, probed, masses
+            yield name, truth, found, probed, log_masses
 
     def _blocks(self, states: np.ndarray) -> Iterator[slice]:
         return blocks(len(states), len(self._order))
@@ -296,11 +296,11 @@ class Comparison:
         sums = Sums(len(states))
         for s in self._blocks(states):
             h = states[s]
-            positions = np.array(self._head.position(mx.array(tokens[s], mx.uint32)))
+            positions = np.array(self._head.positions[mx.array(tokens[s], mx.uint32)])
             positions = positions.astype(np.int64)
             log_p = 0.0
-            for name, truth, found, probed, masses in self._each(h):
-                implied = Implied(truth, found, probed, masses)
+            for name, truth, found, probed, log_masses in self._each(h):
+                implied = Implied(truth, found, probed, log_masses)
                 values = {
                     "recall": truth.recall(probed),
                     "top10_recall": truth.top_recall(probed),

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..compute.linalg import Array, Product, blocks
 from ..compute.table import Table
-from ..head import FlashHead
+from ..head import FlashHead, masses
 from ..head.transform import Transform
 
 # The logit of padding: finite, and of no weight.
@@ -131,8 +131,8 @@ def measure(
         parts.append((plain[0].recall(probed), plain[1].best(probed) == plain[0].best))
         for t in by_temperature:
             truth, found = plain if t == 1 else (Truth(true / t), Found(own / t))
-            masses = np.array(head.log_masses(scores, t))
-            implied = Implied(truth, found, probed, masses)
+            log_masses = np.array(masses.log_masses(head, scores, t))
+            implied = Implied(truth, found, probed, log_masses)
             row = [implied.probed_mass, *implied.kl_terms]
             if details:
                 row += [implied.total_variation(), implied.equal_shares()]

@@ -49,9 +49,9 @@ def batch_states(
 ) -> np.ndarray:
     """States ``[B, n - 1, D]`` after each token but the first of ``tokens [B, n]``,
     all read at once. See :func:`stream_states`."""
-    with watching(model, head_path) as seen:
+    with watching(model, head_path) as states:
         model(mx.array(tokens))
-    return finite(np.array(seen.states[-1][:, 1:].astype(mx.float32)))
+    return finite(np.array(states[-1][:, 1:].astype(mx.float32)))
 
 
 def finite(states: np.ndarray) -> np.ndarray:

@@ -20,38 +20,31 @@ import json
 import math
 import os
 import stat
-import struct
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from safetensors import SafetensorError, safe_open
 
 from ..compute.table import Table
 from .cache import file_sha256, remembered
-from .format import (
-    HEAD_FILE,
-    FormatError,
-    read_config,
-    section_sha256,
-    table_sha256,
-)
+from .format import HEAD_FILE, table_sha256
+from .section import FormatError, Section, read_config
 
 # As mlx-lm finds them.
 _WEIGHTS = "model*.safetensors"
-_MAX_HEADER = 100_000_000
 # What loaders read whole: configs, tokenizers, chat templates.
 _TEXTS = {".json", ".jsonl", ".jinja", ".txt", ".model", ".tiktoken"}
 _MAX_TEXT = 1 << 27
-_ITEM_BITS = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
-    **dict.fromkeys(("U32", "I32", "F32"), 32),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
-}
+# Those of safetensors that MLX has.
+_DTYPES = {
+    "BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "U16", "I16", "F16", "BF16",
+    "U32", "I32", "F32", "U64", "I64", "F64", "C64",
+}  # fmt: skip
 # Under these names, configs say for how many layers a model is to be built.
 _LAYER_COUNTS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks"}
 _DENSE = "or load it with the dense head (dense=True, --dense)"
@@ -166,37 +159,36 @@ def _items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def check_safetensors(file: Path) -> int:
     """Number of tensors in a safetensors file whose header fits the file.
 
+    The ``safetensors`` library says whether it does, without reading a weight: that the
+    header is no longer than the file, and that the tensors fill the rest, one after the
+    other. Left to say is what MLX would read in another way than the library.
+
     Raises:
         FormatError: It does not, or the file cannot be read.
     """
+    _size(file)
     try:
-        size = _size(file)
+        with safe_open(file, "numpy"):
+            pass
         with file.open("rb") as stream:
-            start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-            if length > min(size - 8, _MAX_HEADER):
-                raise FormatError(f"{file} is no safetensors file, or cut off")
+            length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length), object_pairs_hook=_unique)
     except OSError as e:
-        raise FormatError(f"{file} cannot be read: {e.strerror}") from None
-    except FormatError:
-        raise
-    except (ValueError, RecursionError):
-        raise FormatError(f"{file} has no readable header; get it again") from None
-    total = 0
-    if not isinstance(header, dict):
-        raise FormatError(f"{file} has no readable header; get it again")
+        reason = e.strerror or " ".join(str(e).split())
+        raise FormatError(f"{file} cannot be read: {reason}") from None
+    except (SafetensorError, ValueError) as e:
+        reason = " ".join(str(e).split())[:200]
+        raise FormatError(
+            f"{file} is damaged, cut off or no safetensors file ({reason}); get or "
+            "convert it again"
+        ) from None
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        n_bytes = _n_bytes(entry, size - 8 - length)
-        if n_bytes is None:
+        if entry["dtype"] not in _DTYPES or not _fits_mlx(entry["shape"]):
             raise FormatError(
-                f"{file}: the header's entry of {name!r:.60} does not fit the file; "
-                "it is damaged or cut off, get or convert it again"
+                f"{file}: MLX has no arrays as {name!r:.60}, of type {entry['dtype']} "
+                f"and shape {entry['shape']!r:.80}; get or convert it again"
             )
-        total += n_bytes
-    if total > size - 8 - length:
-        raise FormatError(f"{file} has tensors that overlap; get or convert it again")
     return len(header)
 
 
@@ -209,36 +201,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _n_bytes(entry: Any, room: int) -> int | None:
-    """Bytes of a tensor, from its entry in the header; None for an impossible one."""
-    if not isinstance(entry, dict):
-        return None
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    bits = _ITEM_BITS.get(str(entry.get("dtype")))
-    if bits is None or not (
-        _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2
-    ):
-        return None
-    # A factor of zero must not hide others that overflow.
-    if len(shape) > 16 or max(shape, default=0) > 2**31 - 1:
-        return None
-    begin, end = offsets
-    n_bytes = math.prod(shape) * bits // 8
-    return n_bytes if begin <= end <= room and end - begin == n_bytes else None
+def _fits_mlx(shape: list[int]) -> bool:
+    # A factor of zero hides others that overflow MLX's 32 bits.
+    return len(shape) <= 16 and max(shape, default=0) <= 2**31 - 1
 
 
-def _are_sizes(values: Any) -> TypeGuard[list[int]]:
-    return isinstance(values, list) and all(
-        isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values
-    )
-
-
-def check_unchanged(folder: str | Path, section: dict[str, Any], table: Table) -> None:
+def check_unchanged(folder: str | Path, section: Section, table: Table) -> None:
     """Check that the files are those that the converter wrote.
 
     Args:
         folder: A converted folder.
-        section: The config's ``flashhead`` section.
+        section: Its config's section.
         table: The dense head as the folder's plain model has it, lazy.
 
     Raises:
@@ -247,21 +220,21 @@ def check_unchanged(folder: str | Path, section: dict[str, Any], table: Table) -
     """
     folder = Path(folder)
     found = weight_files(folder)
-    if section["format_version"] < 3:
-        digest = section.get("head_sha256")
+    if section.format_version < 3:
+        digest = section.head_sha256
         if digest is not None and digest != remembered(
             found, "head_sha256", lambda: table_sha256(table)
         ):
-            raise FormatError(_changed(folder, section["head_path"]))
+            raise FormatError(_changed(folder, section.head_path))
         return
-    if section.get("sha256") != section_sha256(section):
+    if not section.intact:
         raise FormatError(
             f"{folder}/config.json: the 'flashhead' section was edited or damaged; "
             "convert the model again (for another number of probes, load it with "
             "n_probes or --n-probes)"
         )
-    expected = section.get("files")
-    if not _is_listing(expected):
+    expected = section.files
+    if HEAD_FILE not in expected:
         raise FormatError(
             f"{folder}/config.json does not list the weight files; convert again"
         )
@@ -279,15 +252,6 @@ def check_unchanged(folder: str | Path, section: dict[str, Any], table: Table) -
                 f"is not the stored one; convert the model again, {_DENSE}"
             )
         raise FormatError(_changed(folder, name))
-
-
-def _is_listing(files: Any) -> TypeGuard[dict[str, Any]]:
-    """Whether this is a section's ``files``: digests by names in the folder."""
-    return (
-        isinstance(files, dict)
-        and HEAD_FILE in files
-        and all(os.path.basename(n) == n and n.endswith(".safetensors") for n in files)
-    )
 
 
 def _changed(folder: Path, what: str) -> str:

@@ -1,22 +1,16 @@
-"""The retrieval head: FlashHead, its embedding for tied models, and what the model does
-to the logits afterwards."""
+"""The retrieval head, the masses of its clusters, what the model does to its logits,
+and when the dense product is faster."""
 
-from .flash_head import (
-    ALWAYS,
-    Candidates,
-    FlashEmbedding,
-    FlashHead,
-    Retrieved,
-    default_n_probes,
-)
+from .dense_rule import prefers_dense
+from .flash_head import ALWAYS, Candidates, FlashHead, Retrieved, default_n_probes
 from .transform import Transform
 
 __all__ = [
     "ALWAYS",
     "Candidates",
-    "FlashEmbedding",
     "FlashHead",
     "Retrieved",
     "Transform",
     "default_n_probes",
+    "prefers_dense",
 ]

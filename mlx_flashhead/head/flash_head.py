@@ -4,32 +4,29 @@ FlashHead (arXiv 2603.14591) replaces the product of the hidden state with all V
 rows of the classification head by two small ones. Stage 1 scores the C centroids;
 stage 2 scores the m rows of each of the p best clusters exactly. Here a centroid is
 fitted to the log-mass of its cluster, so stage 1 gives an estimate of every cluster's
-mass, and each token of the vocabulary has a logit.
+mass (``masses.py``), and each token of the vocabulary has a logit.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from .. import kernels
-from ..compute.device import on_gpu
 from ..compute.table import Table
+from . import masses
+from .dense_rule import prefers_dense
 from .transform import Transform
 
 # Added to the score of a cluster that is probed at every step. Finite, so that a
 # file never holds an infinity, and far above any score.
 ALWAYS = 1e30
-# Compiled steps and tables that are kept for settings that were used.
-_REMEMBERED = 32
 
 T = TypeVar("T")
 
@@ -62,11 +59,18 @@ class Retrieved(NamedTuple):
 
 
 class FlashHead(nn.Module):
-    """A classification head that reads a fraction of its rows.
+    """A classification head that reads a fraction of its rows (arXiv 2603.14591).
 
     ``head(x)`` is a drop-in for ``nn.Linear``: logits over the whole vocabulary, in
     vocabulary order. One position per sequence (a decode step) is answered by
     retrieval; more (a prompt) by the dense product, exactly.
+
+    Stage 1 scores every cluster, ``s_c = centroid_c . h``
+    (:meth:`centroid_logits`), and probes the p with the largest ``s_c + b_c``
+    (:meth:`select`). Stage 2 computes the
+    logits ``z_j = w_j . h`` of their rows (:meth:`score`). Both are the paper's; the
+    bonus ``b_c`` (``spread``) and the masses of the other clusters are ours
+    (docs/how-it-works.md).
 
     Args:
         rows (Table): The head's rows in cluster order, ``[C, m, D]``.
@@ -86,12 +90,13 @@ class FlashHead(nn.Module):
         n_probes (int, optional): Clusters probed per step, p, from 1 to C; by default
           :func:`default_n_probes`. It can be changed at any time.
         bias (mx.array, optional): Bias of each row, ``[C, m]``.
-
-    Attributes:
         transform (Transform, optional): What the model does to the logits; ``None`` if
           that is not known, and then nothing is drawn among candidates.
+
+    Attributes:
         n_clusters (int): Number of clusters C.
         cluster_size (int): Rows of each, m.
+        log_sizes (mx.array): Log of each cluster's number of tokens, float32 ``[C]``.
 
     Raises:
         ValueError: ``n_probes`` is out of range.
@@ -110,6 +115,7 @@ class FlashHead(nn.Module):
         tail_offset: Sequence[float] = (0.0,),
         n_probes: int | None = None,
         bias: mx.array | None = None,
+        transform: Transform | None = Transform(),
     ):
         super().__init__()
         self.rows = rows
@@ -121,16 +127,17 @@ class FlashHead(nn.Module):
             self.bias = bias
         self.temperatures = tuple(temperatures)
         self.tail_offset = tuple(tail_offset)
-        self.transform: Transform | None = Transform()
+        self.transform = transform
         self.vocab_size = vocab_size
         self.n_clusters, self.cluster_size = token_ids.shape
         if n_probes is None:
             n_probes = default_n_probes(self.n_clusters)
         self.n_probes = n_probes
-        # Derived, so not a parameter: where each token's row stands.
+        # What is derived is no parameter, and is evaluated here: an array that is left
+        # lazy belongs to the thread that made it, and no other could use the head.
         flat = token_ids.reshape(-1)[:vocab_size]
-        self._position = mx.zeros(vocab_size, mx.uint32)
-        self._position[flat] = mx.arange(vocab_size, dtype=mx.uint32)
+        self._positions = mx.zeros(vocab_size, mx.uint32)
+        self._positions[flat] = mx.arange(vocab_size, dtype=mx.uint32)
         sizes = np.full(self.n_clusters, self.cluster_size)
         sizes[-1] -= self.padding
         self._log_sizes = mx.array(np.log(sizes), mx.float32)
@@ -138,12 +145,15 @@ class FlashHead(nn.Module):
             real = token_ids < vocab_size
             total = mx.where(real, bias.astype(mx.float32), 0).sum(-1)
             self._centroid_bias = total / real.sum(-1)
-        # Not dicts of its own: a module takes those for parameters.
-        object.__setattr__(self, "_compiled", {})
-        object.__setattr__(self, "_log_weights", {})
-        object.__setattr__(self, "_answer", None)
-        object.__setattr__(self, "_unpacked", None)
+        mx.eval(self._positions, self._log_sizes, self.get("_centroid_bias"))
         self.freeze()
+
+    def _extra_repr(self) -> str:
+        return (
+            f"vocab_size={self.vocab_size}, hidden_size={self.hidden_size}, "
+            f"n_clusters={self.n_clusters}, cluster_size={self.cluster_size}, "
+            f"n_probes={self.n_probes}, bias={'bias' in self}"
+        )
 
     @property
     def n_probes(self) -> int:
@@ -180,26 +190,15 @@ class FlashHead(nn.Module):
         """Rows at the end of the last cluster that stand for no token."""
         return self.n_clusters * self.cluster_size - self.vocab_size
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x.
+    @property
+    def log_sizes(self) -> mx.array:
+        """Log of the number of each cluster's tokens, float32 ``[C]``."""
+        return self._log_sizes
 
-        ``x [B, 1, D]`` and ``[B, D]`` are decode steps and are answered by
-        retrieval, with probes of its own for each row; tokens that were not probed
-        get the logit that their cluster's estimate implies. Longer inputs, and
-        batches for which retrieval would read more than the dense product, get
-        exact logits.
-
-        They are the head's logits, before what the model does to them; the estimated
-        ones are those of :meth:`estimate`.
-        """
-        if self._answer is not None:
-            return self._answer(x)
-        rows_in = math.prod(x.shape[:-1])
-        one_each = x.ndim < 3 or x.shape[-2] == 1
-        if not one_each or self.prefers_dense(rows_in):
-            return self.dense(x).astype(x.dtype)
-        logits = self.fast(FlashHead._retrieve)(x.reshape(-1, x.shape[-1]))
-        return logits.astype(x.dtype).reshape(*x.shape[:-1], self.vocab_size)
+    @property
+    def centroid_bias(self) -> mx.array | None:
+        """Mean bias of each cluster's tokens, float32 ``[C]``, where there is one."""
+        return self.get("_centroid_bias")
 
     def rows_read(self, batch_size: int = 1) -> int:
         """Rows, centroids included, that a decode step of a batch reads."""
@@ -210,72 +209,44 @@ class FlashHead(nn.Module):
         rows = self.rows.nbytes * self.n_probes // self.n_clusters
         return rows + self.centroids.nbytes + self.spread.nbytes
 
+    def __call__(self, x: mx.array) -> mx.array:
+        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x.
+
+        ``x [B, 1, D]`` and ``[B, D]`` are decode steps and are answered by
+        retrieval, with probes of its own for each row; tokens that were not probed
+        get the logit that their cluster's estimate implies. Longer inputs, and
+        batches for which retrieval would read more than the dense product, get
+        exact logits.
+
+        They are the head's logits, before what the model does to them; the estimated
+        ones are those of :func:`mlx_flashhead.head.masses.estimate`.
+        """
+        one_each = x.ndim < 3 or x.shape[-2] == 1
+        if not one_each or prefers_dense(self, math.prod(x.shape[:-1])):
+            return self.dense(x).astype(x.dtype)
+        logits = masses.expand(self, self.retrieve(x.reshape(-1, x.shape[-1])))
+        return logits.astype(x.dtype).reshape(*x.shape[:-1], self.vocab_size)
+
     def dense(self, x: mx.array) -> mx.array:
         """Exact logits ``[..., V]`` of all rows for ``x [..., D]``, in vocabulary
         order and in the dtype that MLX's product gives."""
-        y = self.rows.map(lambda a: a.reshape(-1, a.shape[-1])).matmul(x)
+        y = self.rows.flat.matmul(x)
         if "bias" in self:
             y = y + self.bias.reshape(-1)
-        return y[..., self._position]
+        return y[..., self._positions]
 
-    @property
-    def centroid_bias(self) -> mx.array | None:
-        """Mean bias of each cluster's tokens, float32 ``[C]``, where there is one."""
-        return self._centroid_bias if "bias" in self else None
+    def retrieve(self, x: mx.array) -> Retrieved:
+        """Both stages for hidden states ``x [B, D]``."""
+        centroid_logits = self.centroid_logits(x)
+        probes = self.select(centroid_logits)
+        logits = self.score(x, probes).reshape(len(x), -1)
+        return Retrieved(centroid_logits, probes, logits)
 
     def centroid_logits(self, x: mx.array) -> mx.array:
-        """Logit of each cluster's centroid, float32 ``[B, C]``, for ``x [B, D]``."""
-        logits = self._stage_1(x.dtype).matmul(x).astype(mx.float32)
+        """Stage 1: logit of each cluster's centroid, float32 ``[B, C]``, for ``x [B,
+        D]``."""
+        logits = self.centroids.fast_matmul(x).astype(mx.float32)
         return logits if self.centroid_bias is None else logits + self.centroid_bias
-
-    def _stage_1(self, dtype: mx.Dtype) -> Table:
-        """The centroids as they are read: unpacked for float32 states on a CPU, where
-        MLX's products with quantized weights take three times as long."""
-        if not self.centroids.quantized or dtype != mx.float32 or on_gpu():
-            return self.centroids
-        if self._unpacked is None or self._unpacked[0] is not self.centroids.weight:
-            rows = self.centroids.dequantize(mx.float32)
-            mx.eval(rows)
-            object.__setattr__(self, "_unpacked", (self.centroids.weight, Table(rows)))
-        return self._unpacked[1]
-
-    def log_weights(self, temperature: float) -> mx.array:
-        """What turns a centroid's logit over the temperature into the log of its
-        cluster's expected mass at that temperature, float32 ``[C]``, in nats. Linear in
-        ``1 / T`` between the temperatures of the fit and beyond them; at infinite T
-        nothing but the number of the cluster's tokens counts."""
-        key = (temperature, self.tail_offset)
-        if key not in self._log_weights:
-            if len(self._log_weights) >= _REMEMBERED:
-                self._log_weights.clear()
-            inverse = np.array([0, *(1 / t for t in self.temperatures)])
-            at = 1 / temperature
-            high = min(max(int(np.searchsorted(inverse, at)), 1), len(inverse) - 1)
-            share = (at - inverse[high - 1]) / (inverse[high] - inverse[high - 1])
-
-            def between(values: np.ndarray | Sequence[float]) -> np.ndarray | float:
-                below = values[high - 2] if high > 1 else 0
-                return (1 - share) * below + share * values[high - 1]
-
-            excess = np.array(self.excess.astype(mx.float32))
-            weights = between(excess) + between(self.tail_offset)
-            self._log_weights[key] = mx.array(weights, mx.float32) + self._log_sizes
-            mx.eval(self._log_weights[key])
-        return self._log_weights[key]
-
-    def log_masses(
-        self, centroid_logits: mx.array, temperature: float = 1.0
-    ) -> mx.array:
-        """Log of the expected ``sum(exp(logit / T))`` of each cluster, float32
-        ``[B, C]``, the logits being the model's; for ``centroid_logits [B, C]``."""
-        centroid_logits = (self.transform or Transform())(centroid_logits)
-        return centroid_logits / temperature + self.log_weights(temperature)
-
-    def estimate(self, centroid_logits: mx.array) -> mx.array:
-        """Logit that stands for each token of a cluster that is not probed, float32
-        ``[B, C]``: with it the cluster has its expected mass at temperature 1."""
-        each = self.log_masses(centroid_logits) - self._log_sizes
-        return (self.transform or Transform()).inverse(each)
 
     def select(
         self, centroid_logits: mx.array, n_probes: int | None = None
@@ -291,15 +262,15 @@ class FlashHead(nn.Module):
         return kernels.select_probes(centroid_logits, p, spread=self.spread)
 
     def score(self, x: mx.array, probes: mx.array) -> mx.array:
-        """Exact logits, float32 ``[B, p, m]``, of the rows of ``probes``; ``-inf`` for
-        padding.
+        """Stage 2: exact logits, float32 ``[B, p, m]``, of the rows of ``probes``;
+        ``-inf`` for padding.
 
         Args:
             x: Hidden states ``[B, D]``.
             probes: Clusters, uint32 ``[B, p]``.
         """
         if self.rows.has_kernel(x.dtype):
-            y = self._probe(kernels.probe_logits, x, probes)
+            y = self.probe(kernels.probe_logits, x, probes)
             y = y.reshape(*probes.shape, self.cluster_size)
         else:
             y = self.rows.gather_matmul(x, probes).astype(mx.float32)
@@ -310,143 +281,34 @@ class FlashHead(nn.Module):
             y = y + self.bias[probes]
         return y
 
-    def best(self, x: mx.array, probes: mx.array) -> tuple[mx.array, mx.array]:
-        """The token with the largest logit among ``probes [B, p]``, uint32 ``[B]``, and
-        the logits of all, float32 ``[B, p * m]``; for hidden states ``x [B, D]``."""
-        tokens = {"probes": probes, "token_ids": self.token_ids}
-        if not self.rows.has_kernel(x.dtype) or "bias" in self:
-            logits = self.score(x, probes).reshape(len(x), -1)
-            return kernels.greedy(logits, **tokens), logits
-        blocks = self._probe(kernels.probe_logits_stats, x, probes)
-        best = kernels.greedy(blocks.block_max, indices=blocks.block_argmax, **tokens)
-        return best, blocks.logits
-
-    def _probe(self, kernel: Callable[..., T], x: mx.array, probes: mx.array) -> T:
+    def probe(self, kernel: Callable[..., T], x: mx.array, probes: mx.array) -> T:
+        """``probe_logits`` or ``probe_logits_stats`` for the rows of this head."""
         rows = self.rows
         return kernel(
             x,
-            rows.weight,
-            rows.get("scales"),
-            rows.get("biases"),
+            *rows.arrays,
             probes,
             group_size=rows.group_size,
             bits=rows.bits,
             n_rows=self.vocab_size,
         )
 
-    def logits_of(self, x: mx.array, ids: mx.array) -> mx.array:
-        """Exact logits, float32 ``[B, n]``, of tokens ``ids [n]`` for ``x [B, D]``."""
-        rows = self.embed(ids).astype(mx.float32)
-        logits = x.astype(mx.float32) @ rows.T
-        if "bias" in self:
-            logits = logits + self.bias.reshape(-1)[self._position[ids]]
-        return logits
-
-    def position(self, ids: mx.array) -> mx.array:
-        """Where the rows of tokens stand in cluster order, uint32, in the shape of
-        ``ids``."""
-        return self._position[ids]
-
     def candidates(self, x: mx.array) -> Candidates:
         """Ids, uint32, and exact logits, float32, both ``[..., p * m]``, of what hidden
         states ``x [..., D]`` probe."""
-        h = x.reshape(-1, x.shape[-1])
-        probes = self.select(self.centroid_logits(h))
+        _, probes, logits = self.retrieve(x.reshape(-1, x.shape[-1]))
         shape = (*x.shape[:-1], self.n_probes * self.cluster_size)
-        return Candidates(
-            self.token_ids[probes].reshape(shape), self.score(h, probes).reshape(shape)
-        )
+        return Candidates(self.token_ids[probes].reshape(shape), logits.reshape(shape))
+
+    @property
+    def positions(self) -> mx.array:
+        """Where each token's row stands in cluster order, uint32 ``[V]``."""
+        return self._positions
 
     def embed(self, ids: mx.array) -> mx.array:
         """Rows ``[*ids.shape, D]`` of tokens, in the rows' dtype: the embeddings of a
         tied model."""
-        flat = self.rows.map(lambda a: a.reshape(-1, a.shape[-1]))
-        return flat.take(self._position[ids])
-
-    def prefers_dense(self, n_rows: int, sorts: bool = False) -> bool:
-        """Whether the dense product takes less time than retrieval for so many hidden
-        states at once; ``sorts``: if the vocabulary is to be sorted after it.
-
-        A rule from measurements (benchmarks/kernels.py, four shapes of models, NVIDIA
-        H200): on a GPU the dense product reads its rows once for all states, retrieval
-        for each; they broke even at 8 states, where retrieval read 0.55 of the rows.
-        Candidates are sorted so much faster than the vocabulary that retrieval still
-        took a quarter of the time at 32 states. On a CPU the time of both grows with
-        the states."""
-        if not on_gpu():
-            return self.rows_read() >= self.vocab_size
-        return self.rows_read(n_rows) >= (2.5 if sorts else 0.55) * self.vocab_size
-
-    @contextmanager
-    def answering(self, answer: Callable[[mx.array], mx.array]) -> Iterator[None]:
-        """Context in which ``head(x)`` is ``answer(x)``."""
-        before = self._answer
-        object.__setattr__(self, "_answer", answer)
-        try:
-            yield
-        finally:
-            object.__setattr__(self, "_answer", before)
-
-    def fast(self, function: Callable[..., T], *options: Any) -> Callable[..., T]:
-        """``function(self, *options, ...)`` as a function of arrays alone, compiled
-        where that pays: on a GPU the kernels take less time than building their graph
-        anew each step would. On a CPU MLX would call a C++ compiler for it.
-        ``options`` are hashable."""
-        self.log_weights(1.0)  # not while tracing
-        call = partial(function, self, *options)
-        if not on_gpu():
-            return call
-        key = (
-            function.__name__,
-            options,
-            self.n_probes,
-            self.transform,
-            kernels.kind(),
-        )
-        if key not in self._compiled:
-            if len(self._compiled) >= _REMEMBERED:
-                self._compiled.clear()
-            self._compiled[key] = mx.compile(call, inputs=self)
-        return self._compiled[key]
-
-    def expand(self, found: Retrieved) -> mx.array:
-        """Logits, float32 ``[B, V]``: exact where scored, estimated elsewhere."""
-        centroid_logits, probes, exact = found
-        # In cluster order first; the positions then leave the padding out.
-        logits = mx.repeat(
-            self.estimate(centroid_logits)[..., None], self.cluster_size, -1
-        )
-        exact = exact.reshape(*probes.shape, self.cluster_size)
-        logits = mx.put_along_axis(logits, probes[..., None], exact, axis=1)
-        return logits.reshape(centroid_logits.shape[0], -1)[:, self._position]
-
-    def _retrieve(self, h: mx.array) -> mx.array:
-        centroid_logits = self.centroid_logits(h)
-        probes = self.select(centroid_logits)
-        return self.expand(Retrieved(centroid_logits, probes, self.score(h, probes)))
-
-
-class FlashEmbedding(nn.Module):
-    """Stands in for the ``nn.Embedding`` of a tied model: one table serves both as
-    the embedding and, through ``as_linear``, as the classification head.
-
-    Args:
-        head (FlashHead): The head.
-        dtype (mx.Dtype, optional): That of the embeddings; by default the rows'.
-    """
-
-    def __init__(self, head: FlashHead, dtype: mx.Dtype | None = None):
-        super().__init__()
-        self.head = head
-        self._dtype = dtype or head.rows.dtype
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        """Embeddings ``[*ids.shape, D]`` of tokens."""
-        return self.head.embed(ids).astype(self._dtype)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x."""
-        return self.head(x)
+        return self.rows.flat.take(self._positions[ids])
 
 
 def default_n_probes(n_clusters: int) -> int:

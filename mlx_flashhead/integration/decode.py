@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, cast
@@ -18,11 +19,19 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head import FlashHead
-from ..sampling.draw import Drawn, draw, fits, full_logits, logprobs
-from ..sampling.settings import Processor, Settings
+from ..head import FlashHead, prefers_dense
+from ..sampling import (
+    Drawn,
+    Processor,
+    Settings,
+    draw,
+    fits,
+    full_logits,
+    logprobs,
+)
 from .locate import flash_heads
 from .samplers import read_processors, read_sampler
+from .slots import intercepted
 
 # A function of mlx-lm's.
 Step = Callable[..., Any]
@@ -49,8 +58,20 @@ class Acceptance:
         return self.accepted / self.proposed if self.proposed else 0.0
 
 
-# Of the speculative generation that ran last in this process.
-last_acceptance = Acceptance()
+_acceptance: ContextVar[Acceptance | None] = ContextVar(
+    "mlx_flashhead_acceptance", default=None
+)
+
+
+@contextmanager
+def acceptance() -> Iterator[Acceptance]:
+    """Context that counts the draft tokens of the speculative generations within it."""
+    count = Acceptance()
+    token = _acceptance.set(count)
+    try:
+        yield count
+    finally:
+        _acceptance.reset(token)
 
 
 class Keys:
@@ -89,12 +110,12 @@ def hidden_state(
         seen.append(x)
         return mx.zeros((*x.shape[:-1], 1), x.dtype)
 
-    with head.answering(answer):
+    with intercepted(head, answer):
         model(*args, **kwargs)
     return seen[-1]
 
 
-def readable(
+def read_request(
     model: Any, sampler: Any, processors: Sequence[Any] | None
 ) -> tuple[FlashHead, Settings, list[Processor]] | None:
     """What a model's tokens are drawn with, if they can be drawn among candidates."""
@@ -102,17 +123,17 @@ def readable(
     if head is None:
         return None
     settings = read_sampler(sampler)
-    known = read_processors(processors, head.vocab_size)
-    if settings is None or known is None:
+    readable = read_processors(processors, head.vocab_size)
+    if settings is None or readable is None:
         return None
-    return (head, settings, known) if fits(head, settings) else None
+    return (head, settings, readable) if fits(head, settings) else None
 
 
 class _Turn:
     """Links a stand-in's logits to the sampler's question for a token."""
 
     def __init__(self, sampler: Callable[[mx.array], mx.array] | None):
-        self._theirs = sampler or (lambda x: mx.argmax(x, axis=-1))
+        self._own = sampler or (lambda x: mx.argmax(x, axis=-1))
         self.model: _StandIn | None = None  # that was called last
         self.drawn: Drawn | None = None  # for its logits
         self.on_sample: Callable[[Drawn | None], None] = lambda drawn: None
@@ -120,7 +141,7 @@ class _Turn:
     def sampler(self, logits: mx.array) -> mx.array:
         self.on_sample(self.drawn)
         if self.drawn is None:
-            return self._theirs(logits)
+            return self._own(logits)
         return self.drawn.tokens[-logits.shape[0] :]
 
 
@@ -162,7 +183,7 @@ class _StandIn:
         n = inputs.shape[1]
         if self._head is None or n > self._longest:
             return self._model(inputs, **kwargs)
-        if n > 1 and self._head.prefers_dense(n, self._settings.sorts):
+        if n > 1 and prefers_dense(self._head, n, self._settings.sorts):
             return self._model(inputs, **kwargs)
         h = hidden_state(self._head, self._model, inputs, **kwargs)
         self._turn.drawn = draw(
@@ -183,14 +204,14 @@ def generate_step(stock: Step) -> Step:
     def generate_step(
         prompt: mx.array, model: nn.Module, *args: Any, **kwargs: Any
     ) -> Iterator[tuple[int, mx.array]]:
-        asked = kwargs.get("sampler"), kwargs.get("logits_processors")
-        found = readable(model, *asked)
+        options = kwargs.get("sampler"), kwargs.get("logits_processors")
+        request = read_request(model, *options)
         if kwargs.get("input_embeddings") is not None:
-            found = None  # mlx-lm looks at the model's signature
-        if found is None or found[0].prefers_dense(1, found[1].sorts):
+            request = None  # mlx-lm looks at the model's signature
+        if request is None or prefers_dense(request[0], 1, request[1].sorts):
             yield from stock(prompt, model, *args, **kwargs)
             return
-        head, settings, processors = found
+        head, settings, processors = request
         turn = _Turn(None)
         drawn: deque[Drawn | None] = deque()
         turn.on_sample = drawn.append
@@ -218,35 +239,34 @@ def speculative_generate_step(stock: Step) -> Step:
         *args: Any,
         **kwargs: Any,
     ) -> Iterator[tuple[int, mx.array, bool]]:
-        global last_acceptance
-        last_acceptance = count = Acceptance()
+        count = _acceptance.get() or Acceptance()
         sampler, processors = kwargs.get("sampler"), kwargs.get("logits_processors")
         turn, keys = _Turn(sampler), Keys()
 
         def stand_in(model: nn.Module, longest: int) -> _StandIn:
-            found = None if processors else readable(model, sampler, None)
-            head, settings, _ = found or (None, Settings(), [])
+            request = None if processors else read_request(model, sampler, None)
+            head, settings, _ = request or (None, Settings(), [])
             return _StandIn(turn, model, head, settings, keys, (), longest)
 
         target = stand_in(model, _LONGEST_DRAFT)
         draft = stand_in(draft_model, 2)
         verified: Drawn | None = None
-        n_given = 0  # of the tokens that were verified at once
+        n_yielded = 0  # of the tokens that were verified at once
 
         def on_sample(drawn: Drawn | None) -> None:
-            nonlocal verified, n_given
+            nonlocal verified, n_yielded
             if turn.model is draft:
                 count.proposed += 1
             else:
-                verified, n_given = drawn, 0
+                verified, n_yielded = drawn, 0
 
         turn.on_sample = on_sample
         kwargs["sampler"] = turn.sampler
         steps = stock(prompt, target, draft, *args, **kwargs)
         with closing(steps):
             for token, plain, from_draft in steps:
-                drawn, n = verified, n_given
-                n_given += 1
+                drawn, n = verified, n_yielded
+                n_yielded += 1
                 count.accepted += from_draft
                 if drawn is not None and target._head is not None:
                     plain = logprobs(target._head, drawn)[n]
@@ -276,7 +296,7 @@ def batch_step(stock: Step) -> Step:
         h = h[:, -1]
         contexts: dict[int, mx.array] = {}
         for e, request in enumerate(requests):
-            if request.theirs:
+            if request.processors:
                 context = self._token_context[e]
                 contexts[e] = context.update_and_fetch(inputs[e : e + 1])
         tokens, lazy = _draw_batch(head, requests, h, keys, contexts)
@@ -293,25 +313,25 @@ def batch_step(stock: Step) -> Step:
 
 @dataclass
 class _Request:
-    """How one sequence of a batch wants its tokens drawn; ``settings`` and
-    ``processors`` are ``None`` where they are not mlx-lm's own."""
+    """How the tokens of one sequence of a batch are to be drawn; ``settings`` and
+    ``readable`` are ``None`` where sampler and processors are not mlx-lm's own."""
 
     sampler: Callable[[mx.array], mx.array]
-    theirs: Sequence[Callable[[mx.array, mx.array], mx.array]]
+    processors: Sequence[Callable[[mx.array, mx.array], mx.array]]
     settings: Settings | None
-    processors: list[Processor] | None
+    readable: list[Processor] | None
 
     @classmethod
     def read(cls, batch: Any, e: int, vocab_size: int) -> _Request:
         sampler = (batch.samplers or {e: None})[e] or batch.fallback_sampler
-        theirs = (batch.logits_processors or {e: None})[e] or ()
-        known = read_processors(theirs, vocab_size)
-        return cls(sampler, theirs, read_sampler(sampler), known)
+        processors = (batch.logits_processors or {e: None})[e] or ()
+        readable = read_processors(processors, vocab_size)
+        return cls(sampler, processors, read_sampler(sampler), readable)
 
 
 def _worthwhile(head: FlashHead, requests: list[_Request]) -> bool:
     sorts = any(r.settings is not None and r.settings.sorts for r in requests)
-    return fits(head, Settings()) and not head.prefers_dense(len(requests), sorts)
+    return fits(head, Settings()) and not prefers_dense(head, len(requests), sorts)
 
 
 def _draw_batch(
@@ -327,7 +347,7 @@ def _draw_batch(
     for e, request in enumerate(requests):
         simple = request.settings is not None and fits(head, request.settings)
         groups.setdefault(
-            request.settings if simple and not request.theirs else e, []
+            request.settings if simple and not request.processors else e, []
         ).append(e)
     order: list[int] = []
     tokens: list[mx.array] = []
@@ -335,7 +355,7 @@ def _draw_batch(
     for rows in groups.values():
         states = h if len(rows) == len(requests) else h[mx.array(rows)]
         request = requests[rows[0]]
-        settings, processors = request.settings, request.processors
+        settings, processors = request.settings, request.readable
         if settings is not None and processors is not None and fits(head, settings):
             context = contexts.get(rows[0])
             key = keys.next(settings)
@@ -344,7 +364,7 @@ def _draw_batch(
             lazy += list(logprobs(head, drawn))
         else:
             logits = full_logits(head, states)
-            for processor in request.theirs:
+            for processor in request.processors:
                 logits = processor(contexts[rows[0]], logits)
             logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             tokens.append(request.sampler(logits))
@@ -365,7 +385,7 @@ def exact(stock: Step) -> Step:
         head = head_of(getattr(first, "_model", first))
         if head is None:
             return stock(first, *args, **kwargs)
-        with head.answering(lambda x: head.dense(x).astype(x.dtype)):
+        with intercepted(head, lambda x: head.dense(x).astype(x.dtype)):
             return stock(first, *args, **kwargs)
 
     return scored

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,8 +12,9 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from ..compute.table import Table
-from ..head import FlashEmbedding, FlashHead
+from ..head import FlashHead
 from ..head.transform import Transform
+from .slots import FlashEmbedding, FlashLinear, intercepted
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
@@ -22,23 +24,29 @@ class HeadNotFound(ValueError):
     """No module of the model makes its logits in a way that can be replaced."""
 
 
-class _Watched(nn.Module):
-    """Stands in for a linear or embedding layer and passes what it makes of hidden
-    states through ``record``, which may replace it."""
+Record = Callable[[mx.array, mx.array], mx.array]
 
-    def __init__(
-        self, inner: nn.Module, record: Callable[[mx.array, mx.array], mx.array]
-    ):
-        super().__init__()
-        self.inner = inner
-        self._record = record
 
-    def __call__(self, x: mx.array) -> mx.array:
-        y = self.inner(x)
-        return y if isinstance(self.inner, _EMBEDDING) else self._record(x, y)
+@contextmanager
+def _watched(module: nn.Module, record: Record) -> Iterator[None]:
+    """Context in which what a linear or embedding layer makes of hidden states passes
+    through ``record(x, y)``, which may replace it. The layer changes its class, not its
+    place: models may read and write its attributes."""
+    kind: Any = type(module)
 
-    def as_linear(self, x: mx.array) -> mx.array:
-        return self._record(x, self.inner.as_linear(x))
+    class Watched(kind):  # type: ignore[misc]  # of what the model has
+        def __call__(self, x: mx.array) -> mx.array:
+            y = super().__call__(x)
+            return y if isinstance(self, _EMBEDDING) else record(x, y)
+
+        def as_linear(self, x: mx.array) -> mx.array:
+            return record(x, super().as_linear(x))
+
+    module.__class__ = Watched
+    try:
+        yield
+    finally:
+        module.__class__ = kind
 
 
 def get_module(model: nn.Module, path: str) -> nn.Module:
@@ -90,31 +98,22 @@ def find_head(model: nn.Module) -> str:
         HeadNotFound: None does; the message names the modules that were tried.
     """
     tokens = mx.array([[0, 1]])
-    made: list[tuple[str, int]] = []
-
-    def watch(path: str, record: Callable[[mx.array, mx.array], mx.array]) -> nn.Module:
-        inner = get_module(model, path)
-        set_module(model, path, _Watched(inner, record))
-        return inner
-
+    widths: list[tuple[str, int]] = []
     layers = {
         path: module
         for path, module in model.named_modules()
         if isinstance(module, (*_LINEAR, *_EMBEDDING))
     }
-    for path in layers:
-
-        def note(x: mx.array, y: mx.array, path: str = path) -> mx.array:
-            made.append((path, y.shape[-1]))
-            return y
-
-        watch(path, note)
-    try:
-        vocab_size = model(tokens).shape[-1]
-    finally:
+    with ExitStack() as stack:
         for path, module in layers.items():
-            set_module(model, path, module)
-    tried = [path for path, width in reversed(made) if width == vocab_size]
+
+            def note(x: mx.array, y: mx.array, path: str = path) -> mx.array:
+                widths.append((path, y.shape[-1]))
+                return y
+
+            stack.enter_context(_watched(module, note))
+        vocab_size = _run(model, tokens).shape[-1]
+    tried = [path for path, width in reversed(widths) if width == vocab_size]
     for path in dict.fromkeys(tried):
         # Small values, so that soft-capping does not flatten the ramp.
         ramp = mx.linspace(0.0, 1.0, vocab_size)
@@ -122,15 +121,12 @@ def find_head(model: nn.Module) -> str:
         def replace(x: mx.array, y: mx.array, ramp: mx.array = ramp) -> mx.array:
             return mx.broadcast_to(ramp, (*y.shape[:-1], vocab_size))
 
-        inner = watch(path, replace)
-        try:
-            logits = model(tokens)[0, -1].astype(mx.float32)
-        finally:
-            set_module(model, path, inner)
+        with _watched(layers[path], replace):
+            logits = _run(model, tokens)[0, -1].astype(mx.float32)
         rises = (logits[1:] >= logits[:-1]).all() & (logits[-1] > logits[0])
         if rises.item():
             return path
-    wide = sorted({p for p, width in made}, key=len)[:8] or sorted(layers)[:8]
+    wide = sorted({p for p, width in widths}, key=len)[:8] or sorted(layers)[:8]
     looked = ", ".join(tried) if tried else f"{', '.join(wide)} and others"
     raise HeadNotFound(
         f"no linear or embedding layer makes the {vocab_size} logits; "
@@ -138,25 +134,35 @@ def find_head(model: nn.Module) -> str:
     )
 
 
-class watching:
-    """Context in which ``states`` gathers what goes into the head at ``path``."""
+def _run(model: nn.Module, tokens: mx.array) -> mx.array:
+    """The model's logits.
 
-    def __init__(self, model: nn.Module, path: str):
-        self.model, self.path = model, path
-        self.states: list[mx.array] = []
+    Raises:
+        HeadNotFound: The model's code does not run on tokens alone, or gives no array.
+    """
+    try:
+        logits = model(tokens)
+        return logits if isinstance(logits, mx.array) else logits.logits
+    # Whatever the code of a model raises.
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200]
+        raise HeadNotFound(
+            f"the model {type(model).__module__} does not run on two tokens: "
+            f"{type(e).__name__}: {reason}; use a model that mlx_lm.generate runs"
+        ) from e
 
-    def __enter__(self) -> watching:
-        self._inner = get_module(self.model, self.path)
 
-        def record(x: mx.array, y: mx.array) -> mx.array:
-            self.states.append(x)
-            return y
+@contextmanager
+def watching(model: nn.Module, path: str) -> Iterator[list[mx.array]]:
+    """Context that gathers what goes into the head at ``path``, ``[B, L, D]`` each."""
+    states: list[mx.array] = []
 
-        set_module(self.model, self.path, _Watched(self._inner, record))
-        return self
+    def record(x: mx.array, y: mx.array) -> mx.array:
+        states.append(x)
+        return y
 
-    def __exit__(self, *exc: object) -> None:
-        set_module(self.model, self.path, self._inner)
+    with _watched(get_module(model, path), record):
+        yield states
 
 
 @contextmanager
@@ -164,17 +170,13 @@ def answering(
     model: nn.Module, path: str, answer: Callable[[mx.array], mx.array]
 ) -> Iterator[None]:
     """Context in which the head at ``path`` gives ``answer(x)`` for hidden states x."""
-    inner = get_module(model, path)
-    head = getattr(inner, "head", inner)
-    if isinstance(head, FlashHead):
-        with head.answering(answer):
+    module = get_module(model, path)
+    if isinstance(module, FlashLinear):
+        with intercepted(module.head, answer):
             yield
-        return
-    set_module(model, path, _Watched(inner, lambda x, y: answer(x)))
-    try:
-        yield
-    finally:
-        set_module(model, path, inner)
+    else:
+        with _watched(module, lambda x, y: answer(x)):
+            yield
 
 
 def find_transform(model: nn.Module, path: str) -> Transform | None:
@@ -187,22 +189,21 @@ def find_transform(model: nn.Module, path: str) -> Transform | None:
         return mx.broadcast_to(values, (*x.shape[:-1], known.size))
 
     with answering(model, path, answer):
-        made = model(mx.array([[0, 1]]))
+        made = _run(model, mx.array([[0, 1]]))
     if made.ndim != 3 or made.shape[-1] != known.size:
         return None
     return Transform.fit(known, np.array(made[0, -1].astype(mx.float32), np.float64))
 
 
-def attach(model: nn.Module, path: str, head: FlashHead) -> nn.Module:
+def place(model: nn.Module, path: str, head: FlashHead) -> nn.Module:
     """Put a FlashHead in place of the model's head at ``path``; returns the model."""
     inner = get_module(model, path)
-    module: nn.Module = head
+    module: nn.Module = FlashLinear(head)
     if isinstance(inner, FlashEmbedding):
         module = FlashEmbedding(head, inner._dtype)
     elif isinstance(inner, _EMBEDDING):
         module = FlashEmbedding(head, head_table(inner).dtype)
     set_module(model, path, module)
-    head.transform = find_transform(model, path)
     return model
 
 

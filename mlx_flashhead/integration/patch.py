@@ -13,25 +13,15 @@ import contextlib
 import functools
 import importlib
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
-from mlx.utils import tree_flatten
 from mlx_lm import utils
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..compute.device import for_device
-from ..folder import integrity
-from ..folder.format import HEAD_FILE, FormatError, head_config, load_head
-from ..head import FlashEmbedding, FlashHead
-from . import decode, samplers
-from .locate import HeadNotFound, attach, get_module, head_table
+from ..folder.format import HEAD_FILE
+from . import decode, loading, samplers
 
 # Not "from mlx_lm import generate": that name is a function's.
 _generate = importlib.import_module("mlx_lm.generate")
@@ -41,39 +31,10 @@ _loading: list[tuple[Any, str, Any]] = []
 _decoding: list[tuple[Any, str, Any]] = []
 # Arguments of the patch that is on.
 _options: dict[str, Any] | None = None
-_HEADS = (FlashHead, FlashEmbedding)
 
 
 class PatchError(RuntimeError):
     """The installed mlx-lm is not one that this package knows."""
-
-
-def switched_off() -> bool:
-    """Whether the environment says ``MLX_FLASHHEAD=0``."""
-    return os.environ.get("MLX_FLASHHEAD", "1").lower() in ("0", "false", "off")
-
-
-def install(model: nn.Module, folder: str | Path, n_probes: int | None) -> nn.Module:
-    """Put the FlashHead of a folder into its freshly loaded, lazy model."""
-    section = head_config(folder) or {}
-    head = load_head(folder, section)
-    path = section["head_path"]
-    try:
-        table = head_table(get_module(model, path))
-    except (HeadNotFound, AttributeError) as e:
-        raise FormatError(f"{folder}: {e}; convert the model again") from None
-    dense = (*table.weight.shape[:-1], table.hidden_size)
-    if dense != (head.vocab_size, head.hidden_size):
-        raise FormatError(
-            f"{folder}: the head is {list(dense)} and its FlashHead "
-            f"{[head.vocab_size, head.hidden_size]}; convert the model again"
-        )
-    integrity.check_finite(folder, dict(tree_flatten(head.parameters())))
-    integrity.check_unchanged(folder, section, table)
-    if n_probes is not None:
-        head.n_probes = n_probes
-    for_device(model)
-    return for_device(attach(model, path, head))
 
 
 def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
@@ -99,82 +60,33 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
     unpatch()
     patch_decoding()
     _options = {"n_probes": n_probes, "dense": dense}
-    stock = utils.load_model
 
-    @functools.wraps(stock)
-    def load_model(
-        model_path: Path, lazy: bool = False, *args: Any, **kwargs: Any
-    ) -> tuple[nn.Module, dict[str, Any]]:
-        with _refusing(model_path):
-            converted = head_config(model_path) is not None
-            flash = converted and not (dense or switched_off())
-            guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-            if converted:
-                n_tensors = integrity.check_sizes(model_path, head=flash)
-                guard = integrity.bounded(model_path, n_tensors)
-            with guard:
-                model, config = stock(model_path, True, *args, **kwargs)
-            if flash:
-                install(model, model_path, n_probes)
-            elif converted:
-                for_device(model)
-        if not lazy:
-            mx.eval(model.parameters())
+    def load_model(stock: Any, *args: Any, **kwargs: Any) -> Any:
+        options: dict[str, Any] = {**kwargs, **(_options or {})}
+        loaded = loading.load_model(stock, *args, **options)
         _patch_scoring()
-        return model, config
+        return loaded
 
-    _replace(_loading, utils, "load_model", load_model)
-    load_tokenizer = utils.load_tokenizer
-
-    @functools.wraps(load_tokenizer)
-    def load_tokenizer_checked(
-        model_path: Path, *args: Any, **kwargs: Any
-    ) -> TokenizerWrapper:
-        with _refusing(model_path):
-            return load_tokenizer(model_path, *args, **kwargs)
-
-    _replace(_loading, utils, "load_tokenizer", load_tokenizer_checked)
+    for name, ours in (
+        ("load_model", load_model),
+        ("load_tokenizer", loading.load_tokenizer),
+        ("load_adapters", loading.load_adapters),
+        ("save_model", loading.save_model),
+    ):
+        stock = getattr(utils, name)
+        wrapped = functools.wraps(stock)(functools.partial(ours, stock))
+        _replace(_loading, utils, name, wrapped)
     # The file's name keeps it out of stock mlx-lm's sight, downloads included.
     patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
     _replace(_loading, utils, "DEFAULT_ALLOW_PATTERNS", patterns)
-    load_adapters = utils.load_adapters
-
-    @functools.wraps(load_adapters)
-    def load_checked(model: nn.Module, adapter_path: str) -> nn.Module:
-        check_adapter(model, Path(adapter_path))
-        return load_adapters(model, adapter_path)
-
-    _replace(_loading, utils, "load_adapters", load_checked)
-    save_model = utils.save_model
-
-    @functools.wraps(save_model)
-    def save_checked(save_path: str | Path, model: nn.Module, **kwargs: Any) -> None:
-        if decode.head_of(model) is not None:
-            raise ValueError(
-                "a model with a FlashHead cannot be saved as a plain one: load it with "
-                "the dense head (dense=True, --dense)"
-            )
-        save_model(save_path, model, **kwargs)
-
-    _replace(_loading, utils, "save_model", save_checked)
 
 
-@contextlib.contextmanager
-def _refusing(folder: str | Path) -> Iterator[None]:
-    """Whatever a damaged converted folder makes mlx-lm or transformers raise, in one
-    line."""
-    try:
-        yield
-    except FormatError:
-        raise
-    except Exception as e:
-        with contextlib.suppress(FormatError):
-            if head_config(folder) is None:
-                raise e from e.__cause__
-        reason = " ".join(str(e).split()) or type(e).__name__
-        raise FormatError(
-            f"{folder}: mlx-lm cannot load this model: {reason[:400]}"
-        ) from e
+def stock_loader(name: str) -> Any:
+    """A function of ``mlx_lm.utils`` as it is without the patch."""
+    for owner, attribute, before in _loading:
+        if (owner, attribute) == (utils, name):
+            return before
+    return getattr(utils, name)
 
 
 def patch_decoding() -> None:
@@ -221,21 +133,6 @@ _SCORING = (
     ("mlx_lm.evaluate", "MLXLM._score_fn"),
     ("mlx_lm.perplexity", "eval_ppl"),
 )
-
-
-def check_adapter(model: nn.Module, adapter: Path) -> None:
-    """Raise ValueError for an adapter of the head, where that is a FlashHead: its rows
-    are clustered as they are."""
-    file = adapter / "adapters.safetensors"
-    heads = [name for name, m in model.named_modules() if isinstance(m, _HEADS)]
-    for head in heads if file.exists() else ():
-        tensors = cast(dict[str, mx.array], mx.load(str(file)))
-        if any(name.startswith(f"{head}.") for name in tensors):
-            raise ValueError(
-                f"the adapter {adapter} changes the head {head}, whose clusters are "
-                "fixed: fuse it with mlx_lm.fuse and convert the result, or load the "
-                "model with the dense head (dense=True, --dense)"
-            )
 
 
 # The functions that are replaced, and what is relied on: parameters that each has to

@@ -6,7 +6,7 @@ once it has matched its plain reference on the device at hand (see ``backend``).
 """
 
 from .backend import kind, plain
-from .greedy import greedy
+from .greedy import greedy, to_tokens
 from .probe_logits import ProbeLogits, probe_logits, probe_logits_stats
 from .sample import sample
 from .select_probes import select_probes
@@ -20,4 +20,5 @@ __all__ = [
     "probe_logits_stats",
     "sample",
     "select_probes",
+    "to_tokens",
 ]

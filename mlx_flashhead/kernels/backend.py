@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property, lru_cache
 from typing import cast
 
@@ -24,7 +25,9 @@ Launch = Callable[..., list[mx.array]]
 # "ok", or why plain MLX took over, by kernel and variant.
 states: dict[str, str] = {}
 
-_disabled = os.environ.get("MLX_FLASHHEAD_KERNELS", "on").lower() in ("off", "0")
+_off = os.environ.get("MLX_FLASHHEAD_KERNELS", "on").lower() in ("off", "0")
+# Whether this thread or task has turned the kernels off.
+_disabled = ContextVar("mlx_flashhead_kernels_off", default=_off)
 
 
 def kind() -> str:
@@ -33,7 +36,7 @@ def kind() -> str:
     Kernels run on the default device if it is a GPU. The environment variable
     ``MLX_FLASHHEAD_KERNELS=off`` and :func:`plain` turn them off.
     """
-    if _disabled or mx.default_device().type != mx.DeviceType.gpu:
+    if _disabled.get() or mx.default_device().type != mx.DeviceType.gpu:
         return "plain"
     if mx.metal.is_available():
         return "metal"
@@ -42,13 +45,13 @@ def kind() -> str:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Within this context, plain MLX operations stand in for every kernel."""
-    global _disabled
-    before, _disabled = _disabled, True
+    """Within this context, and in no other thread or task, plain MLX operations stand
+    in for every kernel."""
+    token = _disabled.set(True)
     try:
         yield
     finally:
-        _disabled = before
+        _disabled.reset(token)
 
 
 class Kernel:

@@ -36,9 +36,9 @@ _VARIANTS: list[tuple[str, tuple[Any, ...]]] = [
     ],
     ("greedy", (mx.float32, False, False)),
     ("greedy", (mx.float32, True, True)),
-    ("sample", (300, mx.float32, (False, False, False), 0)),
-    ("sample", (16_384, mx.float32, (True, False, False), 16)),
-    ("sample", (40_000, mx.bfloat16, (True, True, True), 16)),
+    ("sample", (300, mx.float32, (False, False, False))),
+    ("sample", (16_384, mx.float32, (True, False, False))),
+    ("sample", (40_000, mx.bfloat16, (True, True, True))),
 ]
 
 

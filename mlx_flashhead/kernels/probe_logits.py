@@ -38,7 +38,6 @@ _SOURCE = """
 
     float best = -INFINITY;
     uint best_at = ~0u;
-    float values[CHUNKS * ROWS];
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
         uint rows[ROWS];
         float acc[ROWS];
@@ -88,7 +87,6 @@ _SOURCE = """
             if (row < uint(M) && lane % 8 == 0) {
                 logits[out * M + row] = value;
             }
-            values[chunk * ROWS + r] = value;
             if (value > best) {
                 best = value;
                 best_at = row;
@@ -98,16 +96,9 @@ _SOURCE = """
     if (STATS) {
         float top = simd_max(best);
         uint top_at = simd_min(best == top ? best_at : ~0u);
-        float sum = 0.0f;
-        for (int i = 0; i < CHUNKS * ROWS; i++) {
-            // Eight lanes hold each value; one of them counts.
-            sum += lane % 8 == 0 && values[i] > -INFINITY ? exp(values[i] - top) : 0.0f;
-        }
-        sum = simd_sum(sum);
         if (lane == 0) {
             block_max[out] = top;
             block_argmax[out] = probe * M + (top_at < uint(M) ? top_at : 0u);
-            block_sumexp[out] = sum;
         }
     }
 """
@@ -176,7 +167,7 @@ inline float unpack(thread const uint* words, int i) {
 # Two clusters to a threadgroup: small groups spread over all cores.
 _THREADS = 64
 
-_OUTPUTS = ["logits", "block_max", "block_argmax", "block_sumexp"]
+_OUTPUTS = ["logits", "block_max", "block_argmax"]
 
 
 def _kernel(stats: bool) -> backend.Kernel:
@@ -203,14 +194,11 @@ class ProbeLogits(NamedTuple):
         block_max (mx.array): Largest logit of each cluster, float32 ``[B, p]``.
         block_argmax (mx.array): Where it is in ``logits``, uint32 ``[B, p]``; the
           first of equals.
-        block_sumexp (mx.array): Sum of ``exp(logit - block_max)`` over each
-          cluster's real rows, float32 ``[B, p]``; 0 for a cluster of padding.
     """
 
     logits: mx.array
     block_max: mx.array
     block_argmax: mx.array
-    block_sumexp: mx.array
 
 
 def probe_logits(
@@ -262,9 +250,8 @@ def probe_logits_stats(
     bits: int = 8,
     n_rows: int | None = None,
 ) -> ProbeLogits:
-    """:func:`probe_logits` and, from the same launch, the maximum, its place and the
-    sum of exponentials of each probed cluster, so that the greedy choice or the
-    log-mass of the candidates needs no further pass over them."""
+    """:func:`probe_logits` and, from the same launch, the maximum of each cluster and
+    its place, so that the greedy choice needs no further pass over all logits."""
     args = (x, weight, scales, biases, probes)
     return ProbeLogits(*_run(True, args, group_size, bits, n_rows))
 
@@ -429,8 +416,7 @@ def _reference(
         return [flat]
     top = logits.max(axis=-1)
     argmax = mx.argmax(logits, axis=-1) + mx.arange(p, dtype=mx.uint32) * m
-    exps = mx.exp(logits - mx.where(mx.isinf(top), 0, top)[..., None])
-    return [flat, top, argmax.astype(mx.uint32), exps.sum(axis=-1)]
+    return [flat, top, argmax.astype(mx.uint32)]
 
 
 @lru_cache
@@ -453,7 +439,7 @@ def _launch(
     m = weight.shape[1]
     shapes = [((B, p * m), mx.float32)]
     if stats:
-        shapes += [((B, p), t) for t in (mx.float32, mx.uint32, mx.float32)]
+        shapes += [((B, p), t) for t in (mx.float32, mx.uint32)]
     return _kernels[stats](
         [
             x,
@@ -504,4 +490,3 @@ def _check(
         backend.expect_close("block_max", got[1], want[1], 1e-4)
         chosen = mx.take_along_axis(got[0], got[2], axis=1)
         backend.expect_close("block_argmax", chosen, got[1])
-        backend.expect_close("block_sumexp", got[3], want[3], 1e-3)

@@ -1,32 +1,16 @@
 """One random candidate of each row, in one launch, the same on every back-end."""
 
-import math
 from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
 
-from . import backend
-from ._prelude import BINS, LARGE_GROUP, TOKEN
-from .greedy import check_tokens, to_tokens
+from . import backend, filters, fixed_point
+from ._prelude import BINS, LARGE_GROUP
 
-# Probabilities are integers. The distance of a logit from the largest, in powers of
-# two, becomes a fixed-point number with 26 fractional bits, and 2^-distance a 64-bit
-# mass by integer arithmetic alone. Integer sums do not depend on the order of
-# addition, so one random number, scaled to the total, picks the same candidate on
-# every back-end: there is one draw per row and no rounding to differ by.
-_FRACTION = 26
-_LOG2E = float(np.float32(math.log2(math.e) * 2**_FRACTION))
-_LARGEST = 4294967040.0  # the largest float below 2^32
-# Minimax coefficients of (1 - 2^-t) / t on [0, 1], in units of 2^-32, signs
-# alternating: 2^-t within 4e-9 with the rounding of integers.
-_EXP2 = (0xB1721605, 0x3D7F581B, 0x0E34A46B, 0x0273C7F8, 0x00538ABA, 0x0007251B)
-# The tail may weigh up to 2^22 times the best candidate.
-_TAIL_BITS = 22
-_TAIL_SHIFT = float(np.float32(_TAIL_BITS * math.log(2)))
-# Top-p and top-k compare distances at this resolution.
-_COARSE = 10
-
+# There is one draw per row, from integer masses (fixed_point.py), and no rounding to
+# differ by: one random number, scaled to their total, picks the same candidate on every
+# back-end.
 _SOURCE = """
     constexpr int N = (K + THREADS - 1) / THREADS;
     uint tid = thread_position_in_threadgroup.x;
@@ -158,7 +142,7 @@ _SOURCE = """
     ulong drawn = scaled(words[0], words[1], total);
     if (drawn >= all) {
         if (tid == 0) {
-            tokens[row] = MAPPED ? ~0u : uint(K);
+            chosen[row] = uint(K);
         }
     } else if (begin <= drawn && drawn < end) {
         // This simdgroup's stretch again, now in order: N candidates to each lane.
@@ -177,50 +161,19 @@ _SOURCE = """
                     break;
                 }
             }
-            size_t probed = size_t(row) * probes_shape[1];
-            tokens[row] = candidate_token<MAPPED, M>(probes, token_ids, probed, i);
+            chosen[row] = i;
         }
     }
 """
 
 _HEADER = (
-    f"""
-constexpr constant float LOG2E = {_LOG2E:.1f}f;  // log2(e) in fixed point
-constexpr constant int TAIL_BITS = {_TAIL_BITS};
-constexpr constant int COARSE = {_COARSE};
-"""
+    fixed_point.METAL
+    + f"constexpr constant int COARSE = {filters.COARSE};\n"
     + """
 template <typename P>
 inline float logit(P logits, size_t i) {
     float value = load(logits, i);
     return value == value ? value : -INFINITY;
-}
-
-inline uint fixed_point(float x) {
-    return uint(x < 4294967040.0f ? x : 4294967040.0f);
-}
-
-// How far below the top a value is, times scale, which converts to powers of two in
-// fixed point. A product of a difference: nothing that could be fused.
-inline uint levels_below(float top, float value, float scale) {
-    return fixed_point((value == top ? 0.0f : top - value) * scale);
-}
-
-inline uint tail_levels(float behind) {
-    float x = behind + TAIL_SHIFT;
-    return fixed_point((x > 0.0f ? x : 0.0f) * LOG2E);
-}
-
-// 2^(32 + up - x / 2^26), by integer arithmetic.
-inline ulong exp2_negative(uint x, int up) {
-    uint t = x << 6;  // the fraction
-    uint v = EXP2_5;
-    v = EXP2_4 - mulhi(t, v);
-    v = EXP2_3 - mulhi(t, v);
-    v = EXP2_2 - mulhi(t, v);
-    v = EXP2_1 - mulhi(t, v);
-    v = EXP2_0 - mulhi(t, v);
-    return (ulong(~0u - mulhi(t, v)) << up) >> (x >> 26);
 }
 
 inline ulong candidate_mass(float top, float value, float scale, uint limit) {
@@ -246,15 +199,6 @@ inline ulong simd_get(ulong v, uint lane) {
     return ulong(high) << 32 | low;
 }
 
-// floor(random * total / 2^64) for a random number of two words.
-inline ulong scaled(uint high, uint low, ulong total) {
-    ulong total_low = total & 0xffffffffu;
-    ulong total_high = total >> 32;
-    ulong a = high * total_low + (low * total_low >> 32);
-    ulong b = low * total_high + (a & 0xffffffffu);
-    return high * total_high + (a >> 32) + (b >> 32);
-}
-
 // Word i of mx.random.split(key, n): Threefry 2x32 with 20 rounds (Salmon et al.,
 // "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 inline uint random_word(uint key0, uint key1, uint i, uint n) {
@@ -276,16 +220,13 @@ inline uint random_word(uint key0, uint key1, uint i, uint n) {
 }
 """
 )
-_HEADER = _HEADER.replace("TAIL_SHIFT", f"{_TAIL_SHIFT!r}f")
-for _i, _c in enumerate(_EXP2):
-    _HEADER = _HEADER.replace(f"EXP2_{_i}", f"{_c:#010x}u")
 
 _kernel = backend.Kernel(
     "sample",
-    ["logits", "key", "settings", "tail", "probes", "token_ids"],
-    ["tokens"],
+    ["logits", "key", "settings", "tail"],
+    ["chosen"],
     _SOURCE,
-    BINS + TOKEN + _HEADER,
+    BINS + _HEADER,
 )
 
 
@@ -296,19 +237,21 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    min_tokens_to_keep: int = 1,
     top_k: int = 0,
+    xtc_probability: float = 0.0,
+    xtc_threshold: float = 0.1,
+    xtc_exempt: mx.array | None = None,
     tail: mx.array | None = None,
-    probes: mx.array | None = None,
-    token_ids: mx.array | None = None,
 ) -> mx.array:
     """One candidate of each row, drawn at random.
 
-    As in mlx-lm, top-p, min-p and top-k look at the distribution at temperature 1,
-    and the draw is made among what they leave at ``temperature``. They keep whole
-    sets of ties (logits within about 1e-5). The draw inverts the cumulative
-    distribution with 64 random bits per row; probabilities are integers, exact to
-    about 4e-9 of their size and 1e-12 of the largest, so the same key gives the same
-    candidate on every back-end.
+    As in mlx-lm, the filters look at the distribution at temperature 1
+    (:mod:`mlx_flashhead.kernels.filters` defines them), and the draw is made among what
+    they leave at ``temperature``. The draw inverts the cumulative distribution with 64
+    random bits per row; probabilities are integers, exact to about 4e-9 of their size
+    and 1e-12 of the largest, so the same key gives the same candidate on every
+    back-end.
 
     Args:
         logits (mx.array): Candidate logits ``[B, K]``, float16, bfloat16 or float32,
@@ -319,17 +262,19 @@ def sample(
         temperature (float): Above 0.
         top_p (float): Keep the most likely candidates whose mass reaches this.
         min_p (float): Keep what is at least this times as likely as the best.
+        min_tokens_to_keep (int): Candidates that ``min_p`` leaves in any case.
         top_k (int): Keep this many candidates; 0 for all.
+        xtc_probability (float): How often, by a coin of each row, the likeliest
+          candidates are dropped.
+        xtc_threshold (float): Probability from which on they are.
+        xtc_exempt (mx.array, optional): Candidates that XTC never drops, bool
+          ``[B, K]``.
         tail (mx.array, optional): One more candidate, of index K, that stands for
           everything not among the candidates: float32 ``[B, 2]``, its log-mass at
-          ``temperature`` and at temperature 1, on the scale of the logits. It counts
-          in the total of top-p and ranks last there; min-p and top-k drop it.
-        probes (mx.array, optional): Probed clusters, uint32 ``[B, p]``.
-        token_ids (mx.array, optional): Token of each row, uint32 ``[C, m]``.
+          ``temperature`` and at temperature 1, on the scale of the logits.
 
     Returns:
-        mx.array: uint32 ``[B]``: candidate indices, K for the tail; or, with
-        ``probes`` and ``token_ids``, tokens, 0xFFFFFFFF for the tail.
+        mx.array: Candidate indices, uint32 ``[B]``; K for the tail.
 
     Raises:
         ValueError: If a shape or a setting is out of range.
@@ -345,155 +290,90 @@ def sample(
             "top_p must be in (0, 1], min_p in [0, 1] and top_k not negative, "
             f"not {top_p}, {min_p} and {top_k}"
         )
+    if not 0 <= xtc_probability <= 1 or min_tokens_to_keep < 1:
+        raise ValueError(
+            "xtc_probability must be in [0, 1] and min_tokens_to_keep at least 1, "
+            f"not {xtc_probability} and {min_tokens_to_keep}"
+        )
     B, K = logits.shape
     if tail is not None and (tail.shape != (B, 2) or tail.dtype != mx.float32):
         raise ValueError(
             f"tail must be float32 [{B}, 2], not {tail.dtype} {tail.shape}"
         )
-    check_tokens(B, probes, token_ids)
-    rules = (top_p < 1, 0 < top_k < K, tail is not None)
-    numbers = _settings(temperature, top_p, min_p, top_k)
-    options = [str(logits.dtype).split(".")[-1]]
-    options += [n for n, on in zip(("top-p", "top-k", "tail"), rules) if on]
-    m = 0 if token_ids is None else token_ids.shape[1]
-    options += [f"K {K}"] + [f"tokens, m {m}"] * (m > 0)
-    variant = f"sample({', '.join(options)})"
-    args = (logits, key, numbers, tail, probes, token_ids)
-    if backend.ready(variant, lambda: _check(K, logits.dtype, rules, m)):
-        return _launch(*args, rules)
-    return _reference(*args, rules)
+    rules = filters.Rules(top_p, min_p, min_tokens_to_keep, top_k, xtc_threshold)
+    plain = min_tokens_to_keep > 1 or xtc_probability > 0
+    options = (top_p < 1, 0 < top_k < K, tail is not None)
+    names = [str(logits.dtype).split(".")[-1]]
+    names += [n for n, on in zip(("top-p", "top-k", "tail"), options) if on]
+    variant = f"sample({', '.join(names)}, K {K})"
+    if not plain and backend.ready(variant, lambda: _check(K, logits.dtype, options)):
+        return _launch(logits, key, temperature, rules, tail, options)
+    coin = None
+    if xtc_probability > 0:
+        u = mx.random.uniform(shape=(B,), key=key ^ mx.array([0, 1 << 31], mx.uint32))
+        coin = u <= xtc_probability
+    return _reference(logits, key, temperature, rules, tail, coin, xtc_exempt)
 
 
 @lru_cache(maxsize=256)
-def _settings(temperature: float, top_p: float, min_p: float, top_k: int) -> mx.array:
+def _settings(temperature: float, rules: filters.Rules) -> mx.array:
     """The settings as words: what scales a logit, the temperature, and how far below
     the top, how much mass (of 2^31) and how many candidates are kept."""
-    scale = np.float32(_LOG2E / temperature).view(np.uint32)
+    scale = np.float32(fixed_point.LOG2E / temperature).view(np.uint32)
     heat = np.float32(temperature).view(np.uint32)
-    limit = 0xFFFFFFFF
-    if min_p > 0:
-        limit = min(int(-math.log2(min_p) * 2**_FRACTION), limit - 1)
-    mass = max(1, int(min(top_p, 1.0) * 2**31))
-    return mx.array([int(scale), int(heat), limit, mass, top_k], dtype=mx.uint32)
-
-
-def _fixed_point(x: mx.array) -> mx.array:
-    return mx.minimum(x, _LARGEST).astype(mx.uint32)
-
-
-def _levels_below(top: mx.array, value: mx.array, scale: mx.array | float) -> mx.array:
-    return _fixed_point(mx.where(value == top, 0, top - value) * scale)
-
-
-def _tail_levels(behind: mx.array) -> mx.array:
-    x = behind + _TAIL_SHIFT
-    return _fixed_point(mx.where(x > 0, x, 0) * _LOG2E)
-
-
-def _exp2_negative(x: mx.array, up: int) -> mx.array:
-    x = x.astype(mx.uint64)
-    low = 0xFFFFFFFF
-    t = (x << 6) & low
-    v = mx.array(_EXP2[-1], dtype=mx.uint64)
-    for c in reversed((low, *_EXP2[:-1])):
-        v = mx.array(c, dtype=mx.uint64) - (t * v >> 32)
-    return (v << up) >> (x >> _FRACTION)
-
-
-def _scaled(words: mx.array, total: mx.array) -> mx.array:
-    """``floor(random * total / 2^64)`` for random ``words [B, 2]``, ``total [B]``."""
-    high, low = words.astype(mx.uint64).T
-    total_high, total_low = total >> 32, total & 0xFFFFFFFF
-    a = high * total_low + (low * total_low >> 32)
-    b = low * total_high + (a & 0xFFFFFFFF)
-    return high * total_high + (a >> 32) + (b >> 32)
+    words = [int(scale), int(heat), rules.limit, rules.share, rules.top_k]
+    return mx.array(words, dtype=mx.uint32)
 
 
 def _reference(
     logits: mx.array,
     key: mx.array,
-    settings: mx.array,
+    temperature: float,
+    rules: filters.Rules,
     tail: mx.array | None,
-    probes: mx.array | None,
-    token_ids: mx.array | None,
-    rules: tuple[bool, bool, bool],
+    coin: mx.array | None = None,
+    exempt: mx.array | None = None,
 ) -> mx.array:
     """:func:`sample` in plain MLX."""
-    use_top_p, use_top_k, _ = rules
-    scale, temperature = settings[0].view(mx.float32), settings[1].view(mx.float32)
-    B, K = logits.shape
     logits = logits.astype(mx.float32)
     logits = mx.where(mx.isnan(logits), -mx.inf, logits)
     top = logits.max(axis=-1, keepdims=True)
-    far = _levels_below(top, logits, _LOG2E)
-    limit = mx.broadcast_to(settings[2], (B, 1))
-    tail_kept = mx.broadcast_to(settings[2] == 0xFFFFFFFF, (B,)) & (not use_top_k)
-    if use_top_p or use_top_k:
-        order = mx.argsort(far, axis=-1)
-        coarse = mx.take_along_axis(far, order, axis=-1) >> _COARSE
-
-        def cut(counts: mx.array, target: mx.array) -> mx.array:
-            before = mx.cumsum(counts, axis=-1) - counts
-            last = (before < target).sum(axis=-1, keepdims=True) - 1
-            edge = mx.take_along_axis(coarse, last, axis=-1)
-            return (edge << _COARSE) | ((1 << _COARSE) - 1)
-
-        if use_top_p:
-            mass = _exp2_negative(far, 0)
-            total = mass.sum(axis=-1)
-            if tail is not None:
-                behind = top[:, 0] - tail[:, 1]
-                total = total + _exp2_negative(_tail_levels(behind), _TAIL_BITS)
-            inverse = (mx.array(1, dtype=mx.uint64) << 63) // total
-            share = mass * inverse[:, None] >> 32
-            share = mx.take_along_axis(share, order, axis=-1)
-            limit = mx.minimum(limit, cut(share, settings[3]))
-            tail_kept = tail_kept & (share.sum(axis=-1) < settings[3])
-        if use_top_k:
-            limit = mx.minimum(limit, cut(mx.ones_like(far), settings[4]))
-    mass = _exp2_negative(_levels_below(top, logits, scale), 8)
-    upto = mx.cumsum(mx.where(far <= limit, mass, 0), axis=-1)
+    behind = None if tail is None else top[:, 0] - tail[:, 1]
+    distance = fixed_point.levels_below(top, logits, fixed_point.LOG2E)
+    kept, tail_kept = filters.keep(distance, rules, behind, coin, exempt)
+    if coin is not None:
+        # Masses are relative to the best of what is left; XTC drops what was the best.
+        top = mx.where(kept, logits, -mx.inf).max(axis=-1, keepdims=True)
+    scale = float(np.float32(fixed_point.LOG2E / temperature))
+    mass = fixed_point.exp2_negative(fixed_point.levels_below(top, logits, scale), 8)
+    upto = mx.cumsum(mx.where(kept, mass, 0), axis=-1)
     total = upto[:, -1]
     if tail is not None:
-        behind = top[:, 0] / temperature - tail[:, 0]
-        tail_mass = _exp2_negative(_tail_levels(behind), 8 + _TAIL_BITS)
+        levels = fixed_point.tail_levels(top[:, 0] / temperature - tail[:, 0])
+        tail_mass = fixed_point.exp2_negative(levels, 8 + fixed_point.TAIL_BITS)
         total = total + mx.where(tail_kept, tail_mass, 0)
-    drawn = _scaled(mx.random.split(key, B), total)
-    chosen = (upto <= drawn[:, None]).sum(axis=-1).astype(mx.uint32)
-    if probes is None:
-        return chosen
-    tokens = to_tokens(mx.minimum(chosen, K - 1), probes, token_ids)
-    return mx.where(chosen < K, tokens, 0xFFFFFFFF)
+    drawn = fixed_point.scaled(mx.random.split(key, len(logits)), total)
+    return (upto <= drawn[:, None]).sum(axis=-1).astype(mx.uint32)
 
 
 def _launch(
     logits: mx.array,
     key: mx.array,
-    settings: mx.array,
+    temperature: float,
+    rules: filters.Rules,
     tail: mx.array | None,
-    probes: mx.array | None,
-    token_ids: mx.array | None,
-    rules: tuple[bool, bool, bool],
+    options: tuple[bool, bool, bool],
 ) -> mx.array:
     B, K = logits.shape
     threads = LARGE_GROUP if K > 2048 else 256
-    unused = backend.unused()
+    settings = _settings(temperature, rules)
     return _kernel(
-        [
-            logits,
-            key,
-            settings,
-            logits if tail is None else tail,
-            unused if probes is None else probes,
-            unused if token_ids is None else token_ids,
-        ],
+        [logits, key, settings, logits if tail is None else tail],
         template=[
             ("K", K),
-            ("M", 1 if token_ids is None else token_ids.shape[1]),
-            ("TOP_P", rules[0]),
-            ("TOP_K", rules[1]),
-            ("TAIL", rules[2]),
-            ("MAPPED", probes is not None),
+            ("TOP_P", options[0]),
+            ("TOP_K", options[1]),
+            ("TAIL", options[2]),
             ("THREADS", threads),
         ],
         groups=(1, B),
@@ -502,18 +382,12 @@ def _launch(
     )[0]
 
 
-def _check(K: int, dtype: mx.Dtype, rules: tuple[bool, bool, bool], m: int) -> None:
+def _check(K: int, dtype: mx.Dtype, options: tuple[bool, bool, bool]) -> None:
     B = 2
     logits = (((mx.arange(B * K) * 37) % 211) / 24).reshape(B, K).astype(dtype)
-    tail = probes = token_ids = None
-    if rules[2]:
-        tail = mx.array([[9.0, 10.0]] * B)
-    if m:
-        p = -(-K // m)
-        probes = mx.arange(B * p, dtype=mx.uint32).reshape(B, p)
-        token_ids = (mx.arange(B * p * m, dtype=mx.uint32) * 7).reshape(-1, m)
-    top_k = -(-K // 3) if rules[1] else 0
-    settings = _settings(0.8, 0.9 if rules[0] else 1.0, 0.0, top_k)
+    tail = mx.array([[9.0, 10.0]] * B) if options[2] else None
+    top_k = -(-K // 3) if options[1] else 0
+    rules = filters.Rules(0.9 if options[0] else 1.0, 0.0, 1, top_k)
     for seed in range(3):
-        args = (logits, mx.random.key(seed), settings, tail, probes, token_ids, rules)
-        backend.expect_close("sample", _launch(*args), _reference(*args))
+        args = (logits, mx.random.key(seed), 0.8, rules, tail)
+        backend.expect_close("sample", _launch(*args, options), _reference(*args))

@@ -1,1 +1,16 @@
 """Tokens drawn among a FlashHead's candidates, the whole vocabulary counted."""
+
+from .draw import Drawn, draw, fits, full_logits, logprobs
+from .settings import Bias, Penalty, Processor, Settings
+
+__all__ = [
+    "Bias",
+    "Drawn",
+    "Penalty",
+    "Processor",
+    "Settings",
+    "draw",
+    "fits",
+    "full_logits",
+    "logprobs",
+]

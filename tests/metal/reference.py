@@ -87,25 +87,45 @@ def uniform(key, row: int, n_rows: int) -> float:
 
 
 def intervals(
-    row, temperature=1.0, top_p=1.0, min_p=0.0, top_k=0, tail=None
+    row,
+    temperature=1.0,
+    top_p=1.0,
+    min_p=0.0,
+    min_tokens_to_keep=1,
+    top_k=0,
+    xtc_threshold=None,
+    xtc_exempt=False,
+    tail=None,
 ) -> np.ndarray:
     """Cumulative probabilities of the candidates of one row, the tail last: candidate
-    i is drawn for a number between entries i and i + 1."""
+    i is drawn for a number between entries i and i + 1.
+
+    The filters are those of mlx-lm, in its order, at temperature 1; ``tail`` has the
+    tail's log-mass at ``temperature`` and at 1. XTC drops where it has a threshold."""
     row = np.where(np.isnan(row), -np.inf, row)
     top = row.max()
     d = row - top if np.isfinite(top) else np.zeros_like(row)
     kept = np.full(row.shape, True)
     keep_tail = tail is not None and min_p == 0 and not 0 < top_k < len(row)
-    if min_p > 0:
-        kept &= d >= np.log(min_p) - 1e-9
+    rest = np.exp(tail[1] - top) if tail is not None else 0
     if top_p < 1:
         mass = np.exp(d)
-        total = mass.sum() + (np.exp(tail[1] - top) if tail is not None else 0)
         above = np.array([mass[d > e].sum() for e in d])
-        kept &= above < top_p * total
-        keep_tail &= mass.sum() < top_p * total
-    if 0 < top_k < len(row):
-        kept &= d >= np.sort(d)[-top_k]
+        kept &= above < top_p * (mass.sum() + rest)
+        if mass.sum() >= top_p * (mass.sum() + rest):
+            keep_tail, rest = False, 0
+    if min_p > 0:
+        likely = d >= np.log(min_p) - 1e-9
+        kept &= likely | (d >= np.sort(d)[-min(min_tokens_to_keep, len(d))])
+        rest = 0
+    if xtc_threshold is not None:
+        share = np.where(kept, np.exp(d), 0)
+        share /= share.sum() + rest
+        above = share > xtc_threshold
+        if above.any():
+            kept &= ~(share > share[above].min()) | xtc_exempt
+    if 0 < top_k < len(row) and kept.sum() > top_k:
+        kept &= d >= np.sort(d[kept])[-top_k]
     mass = np.where(kept, np.exp(d / temperature), 0)
     last = np.exp(tail[0] - top / temperature) if keep_tail else 0
     mass = np.append(mass, last)

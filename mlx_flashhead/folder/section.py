@@ -1,0 +1,252 @@
+"""The section ``flashhead`` of a converted folder's ``config.json``.
+
+It describes ``flashhead.safetensors`` and says how it was made. Version 2 had neither
+``files`` nor ``sha256``. Version 1 had one temperature, 1, and a single
+``tail_offset``. What is unknown in a section is ignored, but for its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+FORMAT_VERSION = 3
+CONFIG_KEY = "flashhead"
+_MAX_CONFIG_BYTES = 1 << 26
+_MAX_REAL = float(np.finfo(np.float32).max)
+
+
+class FormatError(ValueError):
+    """A converted folder is damaged, or of a version that is not known."""
+
+
+@dataclass(frozen=True)
+class TableForm:
+    """Bits, group size and mode of a table; the group size is 0 where it is dense."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the converter measured on held-out text.
+
+    Attributes:
+        recall: Share of states whose best token is probed.
+        agreement: Share on which the FlashHead's best token is the dense head's.
+        kl: Mean KL(dense || FlashHead) over the whole vocabulary, nats per token.
+        held_out_tokens: Number of states.
+    """
+
+    recall: float
+    agreement: float
+    kl: float
+    held_out_tokens: int
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section, its values checked against each other.
+
+    Attributes:
+        head_path: Module of the model that the FlashHead stands for.
+        vocab_size, hidden_size, n_clusters, cluster_size, n_probes: Sizes.
+        temperatures, tail_offset: As :class:`mlx_flashhead.FlashHead` has them.
+        rows, centroids: How the two tables are stored.
+        head_sha256: Digest of the dense head's rows.
+        recipe, seed, calibration, clusters: What it was made with; ``clusters`` only
+            where they were published ones.
+        measured: What the converter measured.
+        files: SHA-256 of each weight file, by its name.
+        format_version: That of the folder.
+        intact: Whether the section's own digest was the right one.
+    """
+
+    head_path: str
+    vocab_size: int
+    hidden_size: int
+    n_clusters: int
+    cluster_size: int
+    n_probes: int
+    temperatures: tuple[float, ...]
+    tail_offset: tuple[float, ...]
+    rows: TableForm
+    centroids: TableForm
+    head_sha256: str | None = None
+    recipe: str | None = None
+    seed: int | None = None
+    calibration: str | None = None
+    measured: Measured | None = None
+    clusters: str | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+    intact: bool = True
+
+    @classmethod
+    def from_json(cls, stored: Any) -> Self:
+        """Read a section of any version.
+
+        Raises:
+            FormatError: It is of another version, or its values are not possible.
+        """
+        _require(isinstance(stored, dict), f"{CONFIG_KEY!r} is not an object")
+        version = stored.get("format_version")
+        if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
+            raise FormatError(
+                f"FlashHead format version {version!r:.40} is not known here; "
+                "upgrade mlx-flashhead or convert the model again"
+            )
+        intact = stored.get("sha256") == section_sha256(stored)
+        if version == 1:
+            offset = stored.get("tail_offset")
+            stored = {**stored, "temperatures": [1.0], "tail_offset": [offset]}
+        known = {f.name for f in fields(cls)} - {"intact"}
+        values = {key: value for key, value in stored.items() if key in known}
+        _check(values)
+        for key in ("temperatures", "tail_offset"):
+            values[key] = tuple(values[key])
+        for key, kind in (
+            ("rows", TableForm),
+            ("centroids", TableForm),
+            ("measured", Measured),
+        ):
+            if key in values:
+                names = [f.name for f in fields(kind)]
+                values[key] = kind(**{name: values[key][name] for name in names})
+        return cls(**values, intact=intact)
+
+    def to_json(self) -> dict[str, Any]:
+        """The section as it is stored, in the present version and with its digest."""
+        stored = {k: v for k, v in asdict(self).items() if v is not None}
+        del stored["intact"]
+        stored["format_version"] = FORMAT_VERSION
+        for key in ("temperatures", "tail_offset"):
+            stored[key] = list(stored[key])
+        return {**stored, "sha256": section_sha256(stored)}
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """A folder's ``config.json``; empty where there is none.
+
+    Raises:
+        FormatError: It cannot be read, or is no object.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        return {}
+    try:
+        if not path.is_file():
+            raise FormatError(f"{path} is not a file")
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise FormatError(f"{path} is too large to be a config")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FormatError:
+        raise
+    except (ValueError, OSError, RecursionError) as e:
+        raise FormatError(f"{path} is not valid JSON: {e}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path} is not a JSON object")
+    return config
+
+
+def has_section(folder: str | Path) -> bool:
+    """Whether a folder was converted; what its section says is not looked at.
+
+    Raises:
+        FormatError: ``config.json`` cannot be read, or its section is no object.
+    """
+    section = read_config(folder).get(CONFIG_KEY)
+    if section is not None and not isinstance(section, dict):
+        path = Path(folder) / "config.json"
+        raise FormatError(f"{path}: {CONFIG_KEY!r} is not an object; convert again")
+    return section is not None
+
+
+def read_section(folder: str | Path) -> Section | None:
+    """The section of a folder's config; ``None`` where it has none.
+
+    Raises:
+        FormatError: ``config.json`` cannot be read, or its section is not possible.
+    """
+    stored = read_config(folder).get(CONFIG_KEY)
+    try:
+        return None if stored is None else Section.from_json(stored)
+    except FormatError as e:
+        raise FormatError(f"{Path(folder) / 'config.json'}: {e}") from None
+
+
+def section_sha256(stored: Mapping[str, Any]) -> str:
+    """SHA-256 of a section as it is stored, but for its own ``sha256``."""
+    rest = {key: value for key, value in stored.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise FormatError(f"{otherwise}; convert the model again")
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    for key in ("vocab_size", "hidden_size", "n_clusters", "cluster_size", "n_probes"):
+        _require(_is_size(values.get(key)), f"{key} is {values.get(key)!r:.80}")
+    c, m, v = (values[k] for k in ("n_clusters", "cluster_size", "vocab_size"))
+    _require(0 <= c * m - v < m, f"{c} clusters of {m} do not hold {v} tokens")
+    _require(values["n_probes"] <= c, f"n_probes is {values['n_probes']}")
+    _require(isinstance(values.get("head_path"), str), "head_path is no name")
+    for key in ("temperatures", "tail_offset"):
+        found: Any = values.get(key)
+        real = isinstance(found, list) and all(map(_is_real, found))
+        _require(real and 1 <= len(found) <= 64, f"{key} is {found!r:.80}")
+    temperatures, offsets = values["temperatures"], values["tail_offset"]
+    _require(
+        min(temperatures) > 0 and sorted(set(temperatures))[::-1] == temperatures,
+        "temperatures do not fall",
+    )
+    _require(len(offsets) == len(temperatures), "tail_offset is not one each")
+    for name in ("rows", "centroids"):
+        form: Any = values.get(name)
+        _require(isinstance(form, dict), f"{name} has no description")
+        bits, group_size = form.get("bits"), form.get("group_size")
+        dense = bits in (16, 32) and group_size == 0
+        packed = bits in (2, 3, 4, 5, 6, 8) and group_size in (32, 64, 128)
+        known = (dense or packed) and form.get("mode") == "affine"
+        _require(known, f"{name} has an unknown form {form!r:.80}")
+    for key in ("head_sha256", "recipe", "calibration", "clusters"):
+        found = values.get(key, "")
+        _require(isinstance(found, str), f"{key} is {found!r:.80}")
+    _require(_is_real(values.get("seed", 0)), f"seed is {values.get('seed')!r:.80}")
+    if "measured" in values:
+        found = values["measured"]
+        names = [f.name for f in fields(Measured)]
+        whole = isinstance(found, dict) and all(_is_real(found.get(n)) for n in names)
+        _require(whole, f"measured is {found!r:.80}")
+    _require(_is_listing(values.get("files", {})), "files does not list weight files")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_real(value: Any) -> bool:
+    """Whether a value is a number that is finite in float32, too."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= _MAX_REAL
+
+
+def _is_listing(files: Any) -> bool:
+    """Whether these are digests by the names of weight files in the folder."""
+    return isinstance(files, dict) and all(
+        os.path.basename(name) == name
+        and name.endswith(".safetensors")
+        and isinstance(digest, str)
+        for name, digest in files.items()
+    )

@@ -1,0 +1,156 @@
+"""Load a converted folder, with its FlashHead in place before anything of the dense
+head is read from disk.
+
+``mlx_flashhead.load`` and the patched loaders of mlx-lm are these functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..compute.device import for_device
+from ..folder import integrity
+from ..folder.format import load_head
+from ..folder.section import FormatError, has_section, read_section
+from ..head import FlashHead
+from .locate import HeadNotFound, find_transform, get_module, head_table, place
+from .slots import FlashLinear
+
+
+def switched_off() -> bool:
+    """Whether the environment says ``MLX_FLASHHEAD=0``."""
+    return os.environ.get("MLX_FLASHHEAD", "1").lower() in ("0", "false", "off")
+
+
+def load_model(
+    stock: Callable[..., tuple[nn.Module, dict[str, Any]]],
+    model_path: Path,
+    lazy: bool = False,
+    *args: Any,
+    n_probes: int | None = None,
+    dense: bool = False,
+    **kwargs: Any,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a model's folder, with its FlashHead if it has one.
+
+    Args:
+        stock: ``mlx_lm.utils.load_model``, which loads the plain model.
+        model_path: The folder.
+        lazy: Leave the weights on disk until they are used.
+        n_probes: Clusters probed per decoded token, instead of the stored number.
+        dense: Keep the dense head; so does ``MLX_FLASHHEAD=0``.
+        args, kwargs: For ``stock``.
+
+    Raises:
+        FormatError: The folder is damaged, or changed since its conversion.
+    """
+    with refusing(model_path):
+        converted = has_section(model_path)
+        flash = converted and not (dense or switched_off())
+        guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if converted:
+            n_tensors = integrity.check_sizes(model_path, head=flash)
+            guard = integrity.bounded(model_path, n_tensors)
+        with guard:
+            model, config = stock(model_path, True, *args, **kwargs)
+        if flash:
+            install(model, model_path, n_probes)
+        elif converted:
+            for_device(model)
+    if not lazy:
+        mx.eval(model.parameters())
+    return model, config
+
+
+def install(model: nn.Module, folder: str | Path, n_probes: int | None) -> nn.Module:
+    """Put the FlashHead of a folder into its freshly loaded, lazy model."""
+    section = read_section(folder)
+    assert section is not None  # has_section()
+    path = section.head_path
+    try:
+        table = head_table(get_module(model, path))
+    except (HeadNotFound, AttributeError) as e:
+        raise FormatError(f"{folder}: {e}; convert the model again") from None
+    head = load_head(folder, section, find_transform(model, path))
+    dense = (*table.weight.shape[:-1], table.hidden_size)
+    if dense != (head.vocab_size, head.hidden_size):
+        raise FormatError(
+            f"{folder}: the head is {list(dense)} and its FlashHead "
+            f"{[head.vocab_size, head.hidden_size]}; convert the model again"
+        )
+    integrity.check_finite(folder, dict(tree_flatten(head.parameters())))
+    integrity.check_unchanged(folder, section, table)
+    if n_probes is not None:
+        head.n_probes = n_probes
+    return for_device(place(model, path, head))
+
+
+def load_tokenizer(
+    stock: Callable[..., TokenizerWrapper], model_path: Path, *args: Any, **kwargs: Any
+) -> TokenizerWrapper:
+    """``mlx_lm.utils.load_tokenizer``, whose errors for a converted folder are one
+    line."""
+    with refusing(model_path):
+        return stock(model_path, *args, **kwargs)
+
+
+def load_adapters(
+    stock: Callable[..., nn.Module], model: nn.Module, adapter_path: str
+) -> nn.Module:
+    """``mlx_lm.utils.load_adapters``, but for adapters of the head itself."""
+    check_adapter(model, Path(adapter_path))
+    return stock(model, adapter_path)
+
+
+def save_model(
+    stock: Callable[..., None], save_path: str | Path, model: nn.Module, **kwargs: Any
+) -> None:
+    """``mlx_lm.utils.save_model``, but for models with a FlashHead."""
+    if any(isinstance(module, FlashHead) for _, module in model.named_modules()):
+        raise ValueError(
+            "a model with a FlashHead cannot be saved as a plain one: load it with "
+            "the dense head (dense=True, --dense)"
+        )
+    stock(save_path, model, **kwargs)
+
+
+@contextlib.contextmanager
+def refusing(folder: str | Path) -> Iterator[None]:
+    """Context in which whatever a damaged converted folder makes mlx-lm or transformers
+    raise becomes a FormatError of one line."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except Exception as e:
+        with contextlib.suppress(FormatError):
+            if not has_section(folder):
+                raise e from e.__cause__
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise FormatError(
+            f"{folder}: mlx-lm cannot load this model: {reason[:400]}"
+        ) from e
+
+
+def check_adapter(model: nn.Module, adapter: Path) -> None:
+    """Raise ValueError for an adapter of the head, where that is a FlashHead: its rows
+    are clustered as they are."""
+    file = adapter / "adapters.safetensors"
+    heads = [n for n, m in model.named_modules() if isinstance(m, FlashLinear)]
+    for head in heads if file.exists() else ():
+        tensors = cast(dict[str, mx.array], mx.load(str(file)))
+        if any(name.startswith(f"{head}.") for name in tensors):
+            raise ValueError(
+                f"the adapter {adapter} changes the head {head}, whose clusters are "
+                "fixed: fuse it with mlx_lm.fuse and convert the result, or load the "
+                "model with the dense head (dense=True, --dense)"
+            )

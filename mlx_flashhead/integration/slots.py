@@ -1,0 +1,79 @@
+"""What stands in a model where its head stood.
+
+A slot passes hidden states to its FlashHead, or to whoever intercepts them: decoding
+needs the hidden state itself, and scoring of given text the dense product. An
+interception holds for one thread or task only, so that several can use one model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..head import FlashHead
+
+Answer = Callable[[mx.array], mx.array]
+
+# Heads and what answers for them, the latest last.
+_interceptions: ContextVar[tuple[tuple[FlashHead, Answer], ...]] = ContextVar(
+    "mlx_flashhead_interceptions", default=()
+)
+
+
+@contextmanager
+def intercepted(head: FlashHead, answer: Answer) -> Iterator[None]:
+    """Context in which the slots of a head give ``answer(x)`` for hidden states
+    ``x [..., D]``."""
+    token = _interceptions.set((*_interceptions.get(), (head, answer)))
+    try:
+        yield
+    finally:
+        _interceptions.reset(token)
+
+
+class FlashLinear(nn.Module):
+    """Stands in for the ``nn.Linear`` of a model whose embedding is another table.
+
+    Args:
+        head (FlashHead): The head.
+    """
+
+    def __init__(self, head: FlashHead):
+        super().__init__()
+        self.head = head
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x."""
+        for head, answer in reversed(_interceptions.get()):
+            if head is self.head:
+                return answer(x)
+        return self.head(x)
+
+
+class FlashEmbedding(FlashLinear):
+    """Stands in for the ``nn.Embedding`` of a tied model: one table serves both as
+    the embedding and, through ``as_linear``, as the classification head.
+
+    Args:
+        head (FlashHead): The head.
+        dtype (mx.Dtype, optional): That of the embeddings; by default the rows'.
+    """
+
+    def __init__(self, head: FlashHead, dtype: mx.Dtype | None = None):
+        super().__init__(head)
+        self._dtype = dtype or head.rows.dtype
+
+    def _extra_repr(self) -> str:
+        return f"{self.head.vocab_size}, {self.head.hidden_size}"
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Embeddings ``[*ids.shape, D]`` of tokens."""
+        return self.head.embed(ids).astype(self._dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x."""
+        return super().__call__(x)
