@@ -79,11 +79,6 @@ ELSEWHERE = {
         ".ci/run",
         "libopenblas0-pthread",
     ),
-    "sudo -v": (
-        "asks for a password; the test reads what powermetrics would print",
-        "tests/test_benchmark.py",
-        "powermetrics",
-    ),
     "hf auth login": (
         "needs an account; the small hub here knows a token",
         "tests/test_publish.py",
