@@ -24,7 +24,7 @@ from urllib.request import urlopen
 
 import click
 import documents
-import fake_hub
+import hub as hubs
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -80,9 +80,15 @@ ELSEWHERE = {
         "libopenblas0-pthread",
     ),
     "hf auth login": (
-        "needs an account; the small hub here knows a token",
+        "needs an account; without one, this is what the converter says",
         "tests/test_publish.py",
-        '"HF_TOKEN": token',
+        "def test_refused_before_any_work",
+    ),
+    "mlx_flashhead.convert --hf-path google/gemma-3-1b-it --mlx-path gemma-3-1b-mine "
+    "--upload-repo you/gemma-3-1b-flash": (
+        "likewise; a stand-in takes what is uploaded",
+        "tests/test_publish.py",
+        "def test_an_upload(",
     ),
 }
 # What is too large for a test, and what stands in its place.
@@ -153,7 +159,7 @@ def chosen(request: pytest.FixtureRequest) -> list[Section]:
 class Place:
     """Small models under the names of the documentation, and a hub that has some."""
 
-    def __init__(self, folder: Path, hub: fake_hub.FakeHub):
+    def __init__(self, folder: Path, hub: hubs.Hub):
         self.folder, self.hub = folder, hub
         self.things = folder / "things"
         self.things.mkdir()
@@ -215,7 +221,6 @@ class Place:
             "MLX_FLASHHEAD_CACHE": str(self.cache),
             "HF_ENDPOINT": self.hub.url,
             "HF_HOME": str(self.folder / "home"),
-            "HF_TOKEN": fake_hub.TOKEN,
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -329,7 +334,7 @@ class Visit:
 @pytest.fixture(scope="module")
 def visits(request, tmp_path_factory):
     """What became of each section, two at a time."""
-    with fake_hub.serving() as hub:
+    with hubs.serving() as hub:
         place = Place(tmp_path_factory.mktemp("docs"), hub)
         pool = ThreadPoolExecutor(2)
         yield {s.name: pool.submit(Visit(place, s).run) for s in chosen(request)}
