@@ -171,6 +171,8 @@ class Place:
             ("qwen", "qwen3-0.6b-flash"),
         ):
             convert(str(sources / source), self.things / name, verbose=False)
+        # As if it had been uploaded.
+        self._add("you/gemma-3-1b-flash", self.things / "gemma-3-1b-flash")
         gguf = self.things / "MODEL.gguf"
         write_gguf(gguf, "llama", gguf_tensors("llama", reference_model("llama")))
         convert(gguf_path=str(gguf), mlx_path=self.things / "FOLDER", verbose=False)
@@ -185,8 +187,10 @@ class Place:
         shutil.copytree(self.things / "gemma-3-1b-flash", self.cache / "gemma-3-270m")
 
     def _publish(self, name: str, kind: str, source: Path) -> None:
-        small_models.write(kind, source)
-        self.hub.add(name, {f.name: f.read_bytes() for f in source.iterdir()})
+        self._add(name, small_models.write(kind, source))
+
+    def _add(self, name: str, folder: Path) -> None:
+        self.hub.add(name, {f.name: f.read_bytes() for f in folder.iterdir()})
 
     def lay_out(self, section: Section) -> Path:
         """A folder with what the section needs, and not what it makes."""
