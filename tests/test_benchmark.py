@@ -25,8 +25,8 @@ from mlx_flashhead.benchmarking import (
 )
 from mlx_flashhead.benchmarking.latency import chain, chained, copy_bandwidth, spread
 from mlx_flashhead.benchmarking.matrix import CPU, GPU, Cell, cells
-from mlx_flashhead.integration.decode import hidden_state
 from mlx_flashhead.integration.locate import set_module
+from mlx_flashhead.integration.slots import hidden_state
 
 
 def invoke(*words):
