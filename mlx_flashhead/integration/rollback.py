@@ -11,9 +11,9 @@ What a step does to a cache decides what has to be remembered of it:
 - It replaces arrays by new ones (``ArraysCache``): these arrays, before each step. All
   states of a draft are then alive at once, as long as the draft is.
 - It overwrites the oldest token (a full ``RotatingKVCache``): copies of the slots that
-  the next steps take. Keeping the buffers themselves would need nothing copied here,
-  but MLX writes in place only where nobody else holds an array, so the first write of
-  each draft would copy all of them.
+  the next steps take. Holding the buffers themselves would be simpler, but MLX writes
+  in place only what nobody else holds: the first write of a draft would copy each
+  buffer, and all would take twice the memory until the draft ends.
 - It cuts the oldest token off (a full ``ChunkedKVCache``): the buffers before the first
   such step, which the step replaces anyway.
 
@@ -29,8 +29,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as mlx_lm_caches
 
-# The slots of a full RotatingKVCache that are copied at a time: as many as a draft has
-# tokens, or a few times fewer.
+# The slots of a full RotatingKVCache that are copied at a time: about a draft's tokens.
 _BLOCK = 16
 
 
@@ -236,8 +235,8 @@ class _Rotating(_Appending):
         super().step()
 
     def save(self, step: int) -> None:
-        """Copy the slots that the next steps take, before these can be evaluated: the
-        first of them would otherwise have to copy the whole buffer."""
+        """Copy the slots that the next steps take. The buffers depend on the copies, so
+        that these are made before the next write, which may then be in place."""
         cache = self.cache
         excess = max(0, cache.keys.shape[2] - self.size)
         runs = list(self.runs(cache._idx, self.block))
