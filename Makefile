@@ -20,7 +20,7 @@ RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 endif
 
 # In two processes, each with a thread of its own for BLAS.
-pytest = $(RUN) OPENBLAS_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+pytest = $(RUN) OPENBLAS_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 .PHONY: demo test test-all test-full lint test-oldest test-newest blas clean
 

@@ -88,7 +88,7 @@ class _Command(click.Command):
 @click.option("--n-probes", type=click.IntRange(min=1), help="As in other commands.")
 @click.option("--quick", is_flag=True, help="Only a short prompt and one sequence.")
 @click.option("--all", "everything", is_flag=True, help="Leave nothing out.")
-@click.option("--energy/--no-energy", default=True, help="Ask for power.")
+@click.option("--energy/--no-energy", default=True, help="Measure energy.")
 @click.option("--load/--no-load", default=True, help="Measure the time to load.")
 @click.option("--json", "json_path", metavar="OUT", help="Write all figures here.")
 @click.option("--markdown", metavar="OUT", help="Write the tables here.")
@@ -147,7 +147,7 @@ def benchmark(
     bounds = limits(quick)
     chosen, left = cells(batch_sizes, prompt_tokens, None if everything else bounds)
     max_tokens, repeats = max_tokens or bounds.max_tokens, repeats or bounds.repeats
-    seen = dict.fromkeys(conditions.warnings())
+    seen = dict.fromkeys([*conditions.missing(energy), *conditions.warnings()])
     for warning in seen:
         click.echo(f"Warning: {warning}", err=True)
     check(model)
@@ -186,8 +186,7 @@ def benchmark(
             text.append(section)
             bar.clear()
             click.echo(f"{section}\n")
-            now = [*conditions.warnings(before=False), *power.warnings()]
-            seen |= dict.fromkeys(now)
+            seen |= dict.fromkeys(conditions.warnings(before=False))
         if energy:
             notes.append(power.note)
     if load:

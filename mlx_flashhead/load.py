@@ -20,6 +20,8 @@ def load(
     *,
     n_probes: int | None = None,
     dense: bool = False,
+    exact: bool = False,
+    verify_every: int | None = None,
     return_config: Literal[False] = False,
     **kwargs: Any,
 ) -> tuple[nn.Module, TokenizerWrapper]: ...
@@ -31,6 +33,8 @@ def load(
     *,
     n_probes: int | None = None,
     dense: bool = False,
+    exact: bool = False,
+    verify_every: int | None = None,
     return_config: Literal[True],
     **kwargs: Any,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]: ...
@@ -41,6 +45,8 @@ def load(
     *,
     n_probes: int | None = None,
     dense: bool = False,
+    exact: bool = False,
+    verify_every: int | None = None,
     **kwargs: Any,
 ) -> (
     tuple[nn.Module, TokenizerWrapper]
@@ -59,6 +65,9 @@ def load(
           1 to the head's number of clusters.
         dense: Leave the dense head in place. So does ``MLX_FLASHHEAD=0`` in the
           environment.
+        exact: Draft with the FlashHead and verify with the dense head: the tokens are
+          the model's own.
+        verify_every: Tokens that are verified at once where it is exact.
         return_config: Whether to return the config, too.
         **kwargs: What :func:`mlx_lm.load` takes (``lazy``, ``adapter_path``,
           ``tokenizer_config``, ``revision``, ...).
@@ -87,7 +96,13 @@ def load(
     patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
     folder = utils._download(str(path_or_hf_repo), revision, patterns)
     model, config = loading.load_model(
-        stock_loader("load_model"), folder, n_probes=n_probes, dense=dense, **options
+        stock_loader("load_model"),
+        folder,
+        n_probes=n_probes,
+        dense=dense,
+        exact=exact,
+        verify_every=verify_every,
+        **options,
     )
     if adapter_path is not None:
         stock = stock_loader("load_adapters")

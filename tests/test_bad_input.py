@@ -344,7 +344,9 @@ def options_for(make, folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_python(tmp_path, name):
+def test_in_python(tmp_path, monkeypatch, name):
+    # Python itself keeps what it compiles of a model that brings code.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     make, complaints = CASES[name]
     options = options_for(make, tmp_path)
     before = contents(tmp_path)

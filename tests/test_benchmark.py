@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from pathlib import Path
+import time
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -23,10 +25,8 @@ from mlx_flashhead.benchmarking import (
 )
 from mlx_flashhead.benchmarking.latency import chain, chained, copy_bandwidth, spread
 from mlx_flashhead.benchmarking.matrix import CPU, GPU, Cell, cells
-from mlx_flashhead.integration.decode import hidden_state
 from mlx_flashhead.integration.locate import set_module
-
-DATA = Path(__file__).parent / "data"
+from mlx_flashhead.integration.slots import hidden_state
 
 
 def invoke(*words):
@@ -268,17 +268,60 @@ def answers(**given):
     return ask
 
 
-def seen(ask, **options):
-    options = {"system": "Darwin", "load": lambda: (0.1, 0, 0), "cores": 8} | options
-    return conditions.warnings(ask, **options)
+@pytest.fixture
+def machine(monkeypatch):
+    """Stand-ins for psutil and pynvml: eight cores at rest, no battery, no GPU."""
+    psutil = SimpleNamespace(
+        sensors_battery=lambda: None,
+        getloadavg=lambda: (0.1, 0, 0),
+        cpu_count=lambda: 8,
+    )
+
+    class NVMLError(Exception):
+        pass
+
+    def init():
+        raise NVMLError("NVML Shared Library Not Found")
+
+    pynvml = SimpleNamespace(NVMLError=NVMLError, nvmlInit=init)
+    for name, module in (("psutil", psutil), ("pynvml", pynvml)):
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(conditions.platform, "system", lambda: "Linux")
+    return SimpleNamespace(psutil=psutil, pynvml=pynvml)
 
 
-def test_conditions_of_a_mac():
-    plugged = "Now drawing from 'AC Power'\n -InternalBattery-0 (id=1)\t80%; charging"
+def test_a_machine_at_rest(machine):
+    assert conditions.warnings() == [] and conditions.missing() == []
+
+
+@pytest.mark.parametrize("plugged, said", [(False, 1), (True, 0), (None, 0)])
+def test_battery(machine, plugged, said):
+    battery = SimpleNamespace(percent=62, power_plugged=plugged)
+    machine.psutil.sensors_battery = lambda: battery
+    assert conditions.warnings() == ["running on battery power"][:said]
+
+
+def test_a_system_without_power_supplies(machine):
+    def battery():
+        raise FileNotFoundError("/sys/class/power_supply")
+
+    machine.psutil.sensors_battery = battery
+    assert conditions.warnings() == []
+
+
+def test_a_busy_machine(machine):
+    machine.psutil.getloadavg = lambda: (3.5, 1, 1)
+    assert "busy: load average 3.5 on 8 cores" in conditions.warnings()[0]
+    # Afterwards the load is the benchmark's own.
+    assert conditions.warnings(before=False) == []
+
+
+def test_a_hot_mac(machine, monkeypatch):
+    monkeypatch.setattr(conditions.platform, "system", lambda: "Darwin")
     calm = "Note: No thermal warning level has been recorded\n"
-    assert seen(answers(batt=plugged, therm=calm, g=" lowpowermode         0")) == []
-    battery = "Now drawing from 'Battery Power'\n -InternalBattery-0\t62%; discharging"
-    assert seen(answers(batt=battery)) == ["running on battery power"]
+    seen = conditions.warnings
+    assert seen(answers(therm=calm, g=" lowpowermode         0")) == []
     hot = "CPU Power notify\n\tCPU_Scheduler_Limit \t= 100\n\tCPU_Speed_Limit \t= 72\n"
     assert "held to 72 %" in seen(answers(therm=hot))[0]
     full = "CPU Power notify\n\tCPU_Speed_Limit \t= 100\n"
@@ -287,37 +330,51 @@ def test_conditions_of_a_mac():
         assert seen(answers(g=f" {name}         1")) == ["low power mode is on"]
 
 
-def test_a_busy_machine():
-    busy = {"load": lambda: (3.5, 1, 1)}
-    assert "busy: load average 3.5 on 8 cores" in seen(answers(), **busy)[0]
-    # Afterwards the load is the benchmark's own.
-    assert seen(answers(), **busy, before=False) == []
+REASONS = {
+    "nvmlClocksEventReasonSwPowerCap": 0x04,
+    "nvmlClocksEventReasonHwSlowdown": 0x08,
+    "nvmlClocksEventReasonSwThermalSlowdown": 0x20,
+    "nvmlClocksEventReasonHwThermalSlowdown": 0x40,
+    "nvmlClocksEventReasonHwPowerBrakeSlowdown": 0x80,
+}
 
 
-def test_conditions_of_linux(tmp_path):
-    def supply(name, **files):
-        (tmp_path / name).mkdir()
-        for file, text in files.items():
-            (tmp_path / name / file).write_text(f"{text}\n")
+@pytest.mark.skipif(sys.platform != "linux", reason="the extra has it on Linux only")
+def test_the_stand_in_for_pynvml_has_the_librarys_names():
+    import pynvml
 
-    options = {"system": "Linux", "power_supply": tmp_path}
-    supply("AC", type="Mains", online="0")
-    supply("mouse", type="Battery", status="Discharging", scope="Device")
-    supply("BAT0", type="Battery", status="Full")
-    assert seen(answers(), **options) == []
-    supply("BAT1", type="Battery", status="Discharging")
-    assert seen(answers(), **options) == ["running on battery power"]
-    missing = options | {"power_supply": tmp_path / "none"}
-    assert seen(answers(), **missing) == []
+    assert {name: getattr(pynvml, name) for name in REASONS} == REASONS
+    for name in ("nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"):
+        assert callable(getattr(pynvml, name))
+    for name in ("CurrentClocksEventReasons", "TotalEnergyConsumption"):
+        assert callable(getattr(pynvml, f"nvmlDeviceGet{name}"))
 
 
-def test_a_slowed_gpu():
-    def ask(words):
-        if "--query-gpu=clocks_throttle_reasons.active" not in words:
-            return ""  # an older driver knows only this
-        return "0x0000000000000001\n0x0000000000000024\n"
+def test_a_slowed_gpu(machine):
+    reasons = [0x1, 0x24]
+    vars(machine.pynvml).update(
+        REASONS,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 2,
+        nvmlDeviceGetHandleByIndex=lambda i: i,
+        nvmlDeviceGetCurrentClocksEventReasons=lambda gpu: reasons[gpu],
+    )
+    assert conditions.warnings() == ["GPU 1 is slowed: power cap, heat, software"]
 
-    assert seen(ask) == ["GPU 1 is slowed: power cap, heat, software"]
+
+def test_what_is_not_installed_is_said_in_one_line(machine, monkeypatch):
+    for name in ("psutil", "pynvml", "zeus_apple_silicon"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    (line,) = conditions.missing()
+    assert line == (
+        "not looked at: battery, load, whether the GPU is slowed, energy; "
+        "pip install 'mlx-flashhead[bench]'"
+    )
+    monkeypatch.setattr(conditions.platform, "system", lambda: "Darwin")
+    assert "battery, load, energy;" in conditions.missing()[0]
+    assert "battery, load;" in conditions.missing(energy=False)[0]
+    assert conditions.warnings(answers()) == []
 
 
 def test_commands_that_are_missing_or_fail():
@@ -326,98 +383,95 @@ def test_commands_that_are_missing_or_fail():
     assert conditions.ask([sys.executable, "-c", "print(5)"]) == "5\n"
 
 
-def recorded():
-    """Lines in the form of powermetrics, each with the moment when it is printed."""
-    now = 100.0
-    for line in (DATA / "powermetrics.txt").read_text().splitlines(keepends=True):
-        if line.startswith("*** Sampled"):
-            now += 0.1
-        yield now, line
+class Clock:
+    """Time and a counter of 50 watts, which moves ten times a second."""
+
+    def __init__(self, monkeypatch):
+        self.now = 100.0
+        monkeypatch.setattr(energy.time, "perf_counter", lambda: self.now)
+
+    def joules(self) -> float:
+        return 50 * (self.now * 10 // 1 / 10)
+
+    def wait(self, seconds: float) -> bool:
+        self.now += seconds
+        return self.now > 103
 
 
-def test_powermetrics():
-    samples = list(energy.read_powermetrics(recorded()))
-    assert [s.watts for s in samples] == [6.471, 8.005, 0.142]
-    assert samples[0].end - samples[0].begin == pytest.approx(0.10343)
-    assert samples[1].end == pytest.approx(100.2)
-    # Without the combined line: what the chip's parts say, each once.
-    apart = [(t, x) for t, x in recorded() if not x.startswith("Combined")]
-    samples = list(energy.read_powermetrics(apart))
-    assert [s.watts for s in samples] == pytest.approx([6.471, 8.005, 0.142])
-    # A sample that was cut off in its header or before its power is none.
-    whole = list(recorded())
-    assert len(list(energy.read_powermetrics(whole[:8]))) == 0
-    assert list(energy.read_powermetrics([])) == []
+def test_joules(monkeypatch):
+    clock = Clock(monkeypatch)
+    meter = energy.Meter("", clock.joules)
+    meter._watch(clock.joules, clock)
+    assert 29 <= len(meter._readings) <= 31
+    assert meter.joules(101, 102) == pytest.approx(50, rel=0.1)
+    assert meter.joules(101.03, 101.96) == pytest.approx(0.93 * 50, rel=0.1)
+    # Too short, before the first reading, beyond the last.
+    assert meter.joules(101, 101.2) is None
+    assert meter.joules(10, 12) is None
+    assert meter.joules(102, 104) is None
 
 
-def test_thermal_pressure():
-    power = energy.Meter("powermetrics", "", energy.read_powermetrics)
-    power._lines = [(0.0, "Current pressure level: Nominal\n")]
-    assert power.warnings() == []
-    power._lines.append((1.0, "Current pressure level: Heavy\n"))
-    assert power.warnings() == ["thermal pressure: Heavy"]
+def test_a_counter_that_fails_is_read_no_more(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    def joules():
+        if clock.now > 101:
+            raise RuntimeError("lost")
+        return clock.joules()
+
+    meter = energy.Meter("", joules)
+    meter._watch(joules, clock)
+    assert meter.joules(100.2, 100.8) is not None
+    assert meter.joules(101, 102) is None
 
 
-def test_nvidia_power():
-    lines = [(1.0, "100.5\n"), (1.1, "200.0\n"), (1.2, "[N/A]\n"), (1.3, "300\n")]
-    samples = list(energy.read_nvidia(lines))
-    assert [(s.begin, s.end, s.watts) for s in samples] == [
-        (1.0, 1.1, 200.0),
-        (1.1, 1.3, 300.0),
-    ]
+def test_apples_counter(monkeypatch):
+    """Of what the chip counts: an older one has no memory's."""
+    spent = SimpleNamespace(cpu_total_mj=1500, gpu_mj=2000, ane_mj=0, dram_mj=None)
+    monitor = SimpleNamespace(get_cumulative_energy=lambda: spent)
+    package = SimpleNamespace(AppleEnergyMonitor=lambda: monitor)
+    monkeypatch.setitem(sys.modules, "zeus_apple_silicon", package)
+    monkeypatch.setattr(energy.platform, "system", lambda: "Darwin")
+    name, opened = energy.source()
+    assert name == "zeus-apple-silicon" and opened()() == 3.5
+    spent.dram_mj = 250
+    assert opened()() == 3.75
 
 
-def test_joules():
-    samples = [energy.Sample(i, i + 1, 10.0 * i) for i in range(5)]
-    assert energy.joules(samples, 1, 3) == pytest.approx(10 + 20)
-    assert energy.joules(samples, 1.5, 2.5) == pytest.approx(5 + 10)
-    # Half of it is seen, at 40 W.
-    assert energy.joules(samples, 4, 6) == pytest.approx(80)
-    assert energy.joules(samples, 4, 7) is None
-    assert energy.joules(samples, 8, 9) is None
-    assert energy.joules([], 0, 1) is None
-
-
-def fake_command(script, parse=energy.read_nvidia):
-    return lambda: ("fake", [sys.executable, "-u", "-c", script], parse)
+def test_nvidias_counter(machine, monkeypatch):
+    vars(machine.pynvml).update(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByIndex=lambda i: f"gpu {i}",
+        nvmlDeviceGetTotalEnergyConsumption={"gpu 0": 69_388}.__getitem__,
+    )
+    assert energy.nvidia_counter()() == 69.388
 
 
 def test_meter(monkeypatch):
-    script = "import time\nwhile True: print(50.0); time.sleep(0.02)"
-    monkeypatch.setattr(energy, "command", fake_command(script))
-    with energy.meter() as power:
-        assert power.source == "fake"
-        samples = power.samples()
-        assert len(samples) > 3 and {s.watts for s in samples} == {50.0}
-        spent = energy.joules(samples, samples[0].begin, samples[-1].end)
-        assert spent == pytest.approx(
-            50 * (samples[-1].end - samples[0].begin), rel=1e-3
-        )
-    with energy.meter(False) as power:
-        assert power.source is None and power.samples() == []
+    monkeypatch.setattr(energy, "INTERVAL", 0.01)
+    start = time.perf_counter()
+    counter = lambda: 50 * (time.perf_counter() - start)  # noqa: E731
+    monkeypatch.setattr(energy, "source", lambda: ("fake", lambda: counter))
+    with energy.meter() as meter:
+        begin = time.perf_counter()
+        time.sleep(0.2)
+        end = time.perf_counter()
+        meter.settle()
+        assert meter.joules(begin, end) > 0 and "from fake" in meter.note
+    with energy.meter(False) as meter:
+        assert meter.joules(begin, end) is None and "left out" in meter.note
 
 
-def test_meter_that_needs_a_password(monkeypatch):
-    """What fails at once, says nothing or is not there leaves energy out."""
-    for script in ("raise SystemExit(1)", "import time; time.sleep(30)"):
-        monkeypatch.setattr(energy, "command", fake_command(script))
-        with energy.meter() as power:
-            assert power.source is None and "left out; fake gives" in power.note
-            assert power.samples() == []
-    gone = ("fake", ["no-such-command-here"], energy.read_nvidia)
-    monkeypatch.setattr(energy, "command", lambda: gone)
-    with energy.meter() as power:
-        assert "left out; fake is not there" in power.note
-
-
-def test_power_is_asked_for_without_a_password(monkeypatch):
-    monkeypatch.setattr(energy.platform, "system", lambda: "Darwin")
-    monkeypatch.setattr(energy.os, "geteuid", lambda: 501)
-    name, words, parse = energy.command()
-    assert name == "powermetrics" and words[:3] == ["sudo", "-n", "powermetrics"]
-    assert parse is energy.read_powermetrics
-    monkeypatch.setattr(energy.os, "geteuid", lambda: 0)
-    assert energy.command()[1][0] == "powermetrics"
+def test_what_does_not_tell_leaves_energy_out(machine, monkeypatch):
+    """A package that is not there, and a GPU that does not count."""
+    source = ("nvidia-ml-py", energy.nvidia_counter)
+    monkeypatch.setattr(energy, "source", lambda: source)
+    with energy.meter() as meter:
+        assert "nvidia-ml-py does not tell it (NVML Shared" in meter.note
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    with energy.meter() as meter:
+        assert "nvidia-ml-py does not tell it" in meter.note
+        assert meter.joules(0, 1) is None
 
 
 def test_chains_depend_on_their_steps():

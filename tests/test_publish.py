@@ -1,18 +1,27 @@
-"""Uploads to a hub and loading from one: the real client, a small hub of our own."""
+"""Uploads to a hub, with a stand-in for the calls that write, and downloads from a
+small one by the real client."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
+from unittest.mock import Mock, create_autospec
 
-import fake_hub
 import pytest
-from huggingface_hub import ModelCard
+from click.testing import CliRunner, Result
+from hub import Hub, serving
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from mlx_flashhead.convert import publish
+from mlx_flashhead.convert.cli import main
 from test_clusters import publish as publish_clusters
 
+from mlx_flashhead import flash_heads, load
 from mlx_flashhead.folder.format import HEAD_FILE
 
 LOAD = """
@@ -26,18 +35,17 @@ print(len(list(flash_heads(model))), float(model(mx.array([[72, 101]])).sum()))
 
 @pytest.fixture
 def hub():
-    with fake_hub.serving() as hub:
+    with serving() as hub:
         yield hub
 
 
 class Machine:
     """Processes with a home of their own, on a network where there is only this hub."""
 
-    def __init__(self, home: Path, hub: fake_hub.FakeHub, token: str = fake_hub.TOKEN):
+    def __init__(self, home: Path, hub: Hub):
         self.environment = os.environ | {
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(home),
-            "HF_TOKEN": token,
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -80,7 +88,26 @@ def content(folder: Path, **more: str) -> dict[str, bytes]:
     return found | {name: text.encode() for name, text in more.items()}
 
 
-def error_of(done) -> str:
+@pytest.fixture
+def api(monkeypatch):
+    """Stands in for the client's calls that need an account; with their parameters."""
+    api = create_autospec(HfApi, instance=True)
+    api.create_repo.side_effect = lambda repo_id, **_: RepoUrl(f"{ENDPOINT}/{repo_id}")
+    monkeypatch.setattr(publish, "HfApi", lambda: api)
+    return api
+
+
+ENDPOINT = "https://huggingface.co"
+
+
+def convert(source: Path, made: Path, repo: str) -> Result:
+    words = ["--hf-path", source, "--mlx-path", made, "--upload-repo", repo, "--json"]
+    words += ["--cluster-size", 8, "--n-probes", 90]
+    return CliRunner().invoke(main, [str(w) for w in words])
+
+
+def error_of(done: Result) -> str:
+    assert done.exit_code == 1
     lines = [x for x in done.stderr.splitlines() if x.startswith("Error: ")]
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     return lines[0]
@@ -90,14 +117,9 @@ def test_there_and_back(hub, machine, tmp_path, tied_source):
     """From a model on the hub to a converted one on the hub, to another machine."""
     base = content(tied_source) | {"README.md": CARD.encode()}
     hub.add("org/base", base)
-    words = ("--hf-path", "org/base", "--mlx-path", tmp_path / "made")
-    done = machine.convert(*words, "--upload-repo", "someone/made", "--json")
-    assert json.loads(done.stdout)["url"] == f"{hub.url}/someone/made"
-    sha, uploaded = hub.repos["someone/made"].at("main")
-    assert content(tmp_path / "made").items() <= uploaded.items()
-    assert HEAD_FILE in uploaded
-
-    card = ModelCard(uploaded["README.md"].decode())
+    made = tmp_path / "made"
+    done = machine.convert("--hf-path", "org/base", "--mlx-path", made, "--json")
+    card = ModelCard.load(made / "README.md")
     data = card.data.to_dict()
     assert data["base_model"] == "org/base" and data["license"] == "gemma"
     assert data["license_link"] == "https://example.org/terms"
@@ -105,8 +127,8 @@ def test_there_and_back(hub, machine, tmp_path, tied_source):
     assert {"mlx", "flashhead"} <= set(data["tags"])
     report = json.loads(done.stdout)
     for text in (
-        "mlx_flashhead.generate --model someone/made",
-        "mlx_lm.generate --model someone/made",
+        "mlx_flashhead.generate --model made",
+        "mlx_lm.generate --model made",
         f"{report['recall']:.2%}",
         f"{report['agreement']:.2%}",
         f"{report['kl']:.4f} nats",
@@ -115,16 +137,17 @@ def test_there_and_back(hub, machine, tmp_path, tied_source):
     ):
         assert text in card.text, text
 
-    other = Machine(tmp_path / "elsewhere", hub, token="")
-    wanted = other.run("-c", LOAD, tmp_path / "made").stdout
+    uploaded = content(made)
+    sha = hub.add("someone/made", uploaded)
+    other = Machine(tmp_path / "elsewhere", hub)
+    wanted = other.run("-c", LOAD, made).stdout
     assert wanted.startswith("1 ")
     assert other.run("-c", LOAD, "someone/made").stdout == wanted
     # The second time from the cache: with the hub's answer, and without a hub.
-    n = len([r for r in hub.requests if r.startswith("GET /someone/made/resolve")])
-    assert n > 4
+    n = len(hub.downloads)
+    assert ("someone/made", HEAD_FILE) in hub.downloads
     assert other.run("-c", LOAD, "someone/made").stdout == wanted
-    again = [r for r in hub.requests if r.startswith("GET /someone/made/resolve")]
-    assert len(again) == n
+    assert len(hub.downloads) == n
     assert other.run("-c", LOAD, "someone/made", HF_HUB_OFFLINE="1").stdout == wanted
 
     # Another version, without a head that belongs to it, beside the one before.
@@ -145,22 +168,27 @@ def test_a_model_without_a_card(hub, machine, tmp_path, tied_source):
     assert data["base_model"] == "org/base" and "license" not in data
 
 
-def test_an_upload_replaces_what_mlx_lm_would_load(
-    hub, machine, tmp_path, untied_source
-):
-    old = {"model-00001-of-00002.safetensors": b"old", "LICENSE": b"mine"}
-    hub.add("someone/made", old | {"model.safetensors.index.json": b"old"})
-    words = ("--hf-path", untied_source, "--mlx-path", tmp_path / "made")
-    machine.convert(*words, "--upload-repo", "someone/made")
-    _, uploaded = hub.repos["someone/made"].at("main")
-    assert uploaded.keys() - {"LICENSE"} == content(tmp_path / "made").keys()
-    card = ModelCard(uploaded["README.md"].decode())
+def test_an_upload(api, tmp_path, untied_source):
+    """In one commit; what mlx-lm would load of an older version goes."""
+    made = tmp_path / "made"
+    done = convert(untied_source, made, "someone/made")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["url"] == f"{ENDPOINT}/someone/made"
+    api.whoami.assert_called_once_with()
+    api.create_repo.assert_called_once_with("someone/made", exist_ok=True)
+    (call,) = api.upload_folder.call_args_list
+    assert call.kwargs["repo_id"] == "someone/made"
+    assert call.kwargs["folder_path"] == made and "ignore_patterns" not in call.kwargs
+    deleted = call.kwargs["delete_patterns"]
+    for old in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        assert any(fnmatch(old, pattern) for pattern in deleted)
+    assert not any(fnmatch("LICENSE", pattern) for pattern in deleted)
+    card = ModelCard.load(made / "README.md")
     assert "base_model" not in card.data.to_dict()
+    assert "mlx_flashhead.generate --model someone/made" in card.text
 
 
-def test_licences_go_along(hub, machine, tmp_path, untied_source):
-    import shutil
-
+def test_licences_go_along(machine, tmp_path, untied_source):
     source = Path(shutil.copytree(untied_source, tmp_path / "source"))
     head = "---\nlicense_name: own\nbase_model: a/b\nlanguage: de\n---\n"
     (source / "README.md").write_text(head)
@@ -172,24 +200,23 @@ def test_licences_go_along(hub, machine, tmp_path, untied_source):
     assert data["base_model"] == "a/b" and data["language"] == "de"
 
 
-@pytest.mark.parametrize("repo, token", [("a/b/c", None), ("a/b", "hf_wrong")])
-def test_refused_before_any_work(hub, tmp_path, untied_source, repo, token):
-    machine = Machine(tmp_path / "home", hub, token or fake_hub.TOKEN)
-    words = ("--hf-path", untied_source, "--mlx-path", tmp_path / "made")
-    error = error_of(machine.convert(*words, "--upload-repo", repo, code=1))
+@pytest.mark.parametrize("repo", ["a/b/c", "a/b"])
+def test_refused_before_any_work(api, tmp_path, untied_source, repo):
+    api.whoami.side_effect = LocalTokenNotFoundError("Token is required")
+    error = error_of(convert(untied_source, tmp_path / "made", repo))
     assert f"--upload-repo {repo}" in error
-    assert ("log in" in error) == (token is not None)
-    assert not (tmp_path / "made").exists()
+    assert ("log in" in error) == (repo == "a/b")
+    assert not (tmp_path / "made").exists() and not api.create_repo.called
 
 
-def test_an_upload_that_fails_leaves_the_folder(hub, machine, tmp_path, untied_source):
-    hub.full = True
-    words = ("--hf-path", untied_source, "--mlx-path", tmp_path / "made")
-    error = error_of(machine.convert(*words, "--upload-repo", "someone/m", code=1))
-    assert "hf upload someone/m" in error and str(tmp_path / "made") in error
-    assert machine.run("-c", LOAD, tmp_path / "made").stdout.startswith("1 ")
-    # Nothing of it is on the hub.
-    assert hub.repos["someone/m"].at("main")[1].keys() == {".gitattributes"}
+def test_an_upload_that_fails_leaves_the_folder(api, tmp_path, untied_source):
+    full = HfHubHTTPError("the storage is full", response=Mock(headers={}))
+    api.upload_folder.side_effect = full
+    made = tmp_path / "made"
+    error = error_of(convert(untied_source, made, "someone/m"))
+    assert "(the storage is full)" in error
+    assert f"hf upload someone/m {made}" in error
+    assert list(flash_heads(load(made)[0]))
 
 
 def test_clusters_from_the_hub(hub, machine, tmp_path, untied_source):
@@ -203,4 +230,4 @@ def test_clusters_from_the_hub(hub, machine, tmp_path, untied_source):
     machine.convert(*words, "--clusters", "authors/clusters")
     config = json.loads((tmp_path / "made/config.json").read_text())
     assert config["flashhead"]["clusters"] == "authors/clusters"
-    assert not any("resolve/main/model" in r for r in hub.requests)
+    assert sorted(hub.downloads) == sorted(("authors/clusters", name) for name in files)

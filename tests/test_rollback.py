@@ -4,6 +4,7 @@ that was never fed the undone tokens."""
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as cached
 
@@ -133,7 +134,7 @@ class Setting:
 
     name: str
     extra: tuple = ()
-    window: tuple[int, int] | None = None  # size, and how many are always kept
+    make: Callable | None = None  # a cache, instead of the model's own
     bits: int | None = None
     rows: int = 1
 
@@ -147,8 +148,8 @@ class Setting:
         caches = []
         for row in range(self.rows):
             cache = make_prompt_cache(self.model)
-            if self.window:
-                cache = [RotatingKVCache(*self.window) for _ in cache]
+            if self.make:
+                cache = [self.make() for _ in cache]
             mine = prompt[row, row:]
             if len(mine):
                 mx.eval(self.model(mx.array(mine)[None], cache=cache))
@@ -165,23 +166,30 @@ def gemma(window: int, rows: int = 1) -> Setting:
     return Setting("gemma3_text", extra, rows=rows)
 
 
+def rotating(max_size: int, keep: int) -> Callable:
+    return lambda: RotatingKVCache(max_size, keep)
+
+
 SETTINGS = {
     "KVCache": Setting("llama"),
     "QuantizedKVCache": Setting("llama", (("head_dim", 32),), bits=8),
-    "RotatingKVCache": Setting("llama", window=(9, 4)),
-    "RotatingKVCache of one free slot": Setting("llama", window=(5, 4)),
-    "RotatingKVCache that grows": Setting("llama", window=(264, 4)),
+    "RotatingKVCache": Setting("llama", make=rotating(9, keep=4)),
+    "RotatingKVCache of one free slot": Setting("llama", make=rotating(5, keep=4)),
+    "RotatingKVCache that grows": Setting("llama", make=rotating(264, keep=4)),
     "RotatingKVCache of gemma3": gemma(8),
     "RotatingKVCache of gemma3, wide": gemma(30),
     "ChunkedKVCache of llama4": Setting("llama4"),
-    "ConcatenateKVCache of afm7": Setting("afm7"),
+    "ConcatenateKVCache": Setting("llama", make=mlx_lm_caches.ConcatenateKVCache),
+    "afm7": Setting("afm7"),
     "ArraysCache of mamba": Setting("mamba"),
     "ArraysCache of lfm2": Setting("lfm2"),
     "ArraysCache of qwen3_next": Setting("qwen3_next"),
     "CacheList of falcon_h1": Setting("falcon_h1"),
     "BatchKVCache": Setting("llama", rows=2),
-    "BatchRotatingKVCache": Setting("llama", window=(9, 0), rows=2),
-    "BatchRotatingKVCache that grows": Setting("llama", window=(264, 0), rows=2),
+    "BatchRotatingKVCache": Setting("llama", make=rotating(9, keep=0), rows=2),
+    "BatchRotatingKVCache that grows": Setting(
+        "llama", make=rotating(264, keep=0), rows=2
+    ),
     "batch of gemma3": gemma(8, rows=2),
     "batch of falcon_h1": Setting("falcon_h1", rows=3),
     "batch of qwen3_next": Setting("qwen3_next", rows=2),
@@ -210,7 +218,7 @@ def shown(leaf) -> dict:
     return seen
 
 
-def assert_same(a, b, **kwargs) -> None:
+def assert_same(a, b) -> None:
     for (name, x), (other, y) in zip(tree_flatten(a), tree_flatten(b), strict=True):
         assert name == other
         if isinstance(x, mx.array) or isinstance(y, mx.array):
@@ -345,6 +353,37 @@ def test_caches_from_a_file(name, tmp_path):
     assert_same(kept, [feed(setting, never, tokens[:, i : i + 1]) for i in range(3)])
     for leaf, other in zip(leaves(cache), leaves(never), strict=True):
         assert_same(shown(leaf), shown(other))
+
+
+def test_arrays_that_a_step_changes_in_place():
+    cache = mlx_lm_caches.ArraysCache(2, left_padding=[3, 1])
+    cache.prepare(lengths=[9, 8])
+    cache[0] = mx.zeros((2, 3))
+    rollback = Rollback([cache])
+    rollback.mark()
+    for step in range(4):
+        rollback.step()
+        cache[0][:, step % 3] = step + 1
+        cache[1] = cache[0] + 1
+        cache.advance(1)
+    rollback.to(2)
+    arrays, left_padding, lengths = cache.state
+    assert arrays[0].tolist() == [[1, 2, 0]] * 2
+    assert arrays[1].tolist() == [[2, 3, 1]] * 2
+    assert left_padding.tolist() == [1, -1]
+    assert lengths.tolist() == [7, 6]
+
+
+def test_a_draft_longer_than_what_is_copied_at_a_time():
+    setting = gemma(30)
+    tokens = np.arange(48)[None]
+    for keep in (0, 3, 16, 17, 31, 33, 40):
+        cache, never = setting.prompted(tokens), setting.prompted(tokens)
+        draft(setting, Rollback(cache), cache, tokens[:, :40], keep, evaluate=True)
+        for i in range(keep):
+            feed(setting, never, tokens[:, i : i + 1])
+        for leaf, other in zip(cache, never, strict=True):
+            assert_same(shown(leaf), shown(other))
 
 
 def test_every_cache_of_mlx_lm_is_supported():

@@ -1,6 +1,10 @@
 """Open a GGUF file and check its header against its size.
 
 Dimensions are stored innermost first, so shapes are reversed here.
+
+``gguf.GGUFReader`` is not used: it makes an object of every element of an array, which
+takes long for a vocabulary, and believes counts and lengths: a file of 49 bytes that
+claims an array of 2**62 numbers keeps it busy, and taking memory, without end.
 """
 
 from __future__ import annotations

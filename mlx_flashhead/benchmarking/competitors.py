@@ -17,7 +17,6 @@ from ..compute.table import Table
 from ..folder.section import has_section
 from ..head import FlashHead, prefers_dense
 from ..head.transform import Transform
-from ..integration.decode import hidden_state
 from ..integration.locate import (
     HeadNotFound,
     find_head,
@@ -30,7 +29,7 @@ from ..integration.locate import (
     watching,
 )
 from ..integration.samplers import read_sampler
-from ..integration.slots import FlashLinear
+from ..integration.slots import FlashLinear, hidden_state
 from ..load import load
 from ..sampling import draw, fits
 from .latency import Step

@@ -1,25 +1,31 @@
-"""What makes a machine slower than it is: battery, heat, other work."""
+"""What makes a machine slower than it is: battery, heat, other work.
+
+Battery and load come from ``psutil``, an NVIDIA GPU's speed from ``nvidia-ml-py``, both
+of the extra ``bench``; a Mac's heat from its own ``pmset``.
+"""
 
 from __future__ import annotations
 
-import os
 import platform
 import re
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
+from importlib.util import find_spec
+from types import ModuleType
+
+import mlx.core as mx
 
 Ask = Callable[[list[str]], str]
 
 # Load of others, in busy cores per core, from which on it is mentioned.
 BUSY = 0.25
-# Bits of nvidia-smi's clocks_event_reasons.active.
+# Why a GPU is slowed, by the names in pynvml.
 _SLOWED = {
-    0x04: "power cap",
-    0x08: "hardware slowdown",
-    0x20: "heat, software",
-    0x40: "heat, hardware",
-    0x80: "power brake",
+    "SwPowerCap": "power cap",
+    "HwSlowdown": "hardware slowdown",
+    "SwThermalSlowdown": "heat, software",
+    "HwThermalSlowdown": "heat, hardware",
+    "HwPowerBrakeSlowdown": "power brake",
 }
 
 
@@ -32,43 +38,66 @@ def ask(command: list[str]) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def warnings(
-    ask: Ask = ask,
-    system: str | None = None,
-    power_supply: Path = Path("/sys/class/power_supply"),
-    load: Callable[[], tuple[float, float, float]] = os.getloadavg,
-    cores: int | None = None,
-    before: bool = True,
-) -> list[str]:
+def missing(energy: bool = True) -> list[str]:
+    """What is done without, as packages of the extra are not installed: no line or one.
+
+    Args:
+        energy: Whether energy is asked for.
+    """
+    told = {"psutil": ["battery", "load"]}
+    if platform.system() == "Darwin":
+        told["zeus_apple_silicon"] = ["energy"] * energy
+    elif mx.cuda.is_available():
+        told["pynvml"] = ["whether the GPU is slowed"] + ["energy"] * energy
+    left = [what for name in told if find_spec(name) is None for what in told[name]]
+    if not left:
+        return []
+    return [f"not looked at: {', '.join(left)}; pip install 'mlx-flashhead[bench]'"]
+
+
+def warnings(ask: Ask = ask, before: bool = True) -> list[str]:
     """What can be seen now that makes measurements slower, a line each.
 
     Args:
         ask: Runs a command and gives what it prints.
-        system: As ``platform.system`` has it.
-        power_supply: Where Linux tells of batteries.
-        load: The load average.
-        cores: Cores of the machine.
         before: Whether the measurements are still to come: afterwards the load is
             their own.
     """
-    system = system or platform.system()
-    found = _mac(ask) if system == "Darwin" else _linux(power_supply)
-    found += _nvidia(ask)
-    if before:
-        cores = cores or os.cpu_count() or 1
-        busy = load()[0]
-        if busy > BUSY * cores:
-            found.append(
-                f"the machine is busy: load average {busy:.1f} on {cores} cores"
-            )
+    found = []
+    if find_spec("psutil") is not None:
+        import psutil
+
+        found += _battery(psutil)
+        found += _load(psutil) if before else []
+    if platform.system() == "Darwin":
+        found += _mac(ask)
+    if find_spec("pynvml") is not None:
+        import pynvml
+
+        found += _nvidia(pynvml)
     return found
+
+
+def _battery(psutil: ModuleType) -> list[str]:
+    try:
+        battery = psutil.sensors_battery()
+    except OSError:  # where Linux has no folder of power supplies
+        return []
+    unplugged = battery is not None and battery.power_plugged is False
+    return ["running on battery power"] if unplugged else []
+
+
+def _load(psutil: ModuleType) -> list[str]:
+    busy, cores = psutil.getloadavg()[0], psutil.cpu_count() or 1
+    if busy <= BUSY * cores:
+        return []
+    return [f"the machine is busy: load average {busy:.1f} on {cores} cores"]
 
 
 def _mac(ask: Ask) -> list[str]:
     found = []
-    if "'Battery Power'" in ask(["pmset", "-g", "batt"]):
-        found.append("running on battery power")
-    limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", therm := _therm(ask))
+    therm = ask(["pmset", "-g", "therm"])
+    limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", therm)
     if limit and int(limit[1]) < 100:
         found.append(f"thermal pressure: the CPU is held to {limit[1]} % of its speed")
     level = re.search(r"thermal warning level:?\s*(?:=\s*)?(\d+)", therm, re.I)
@@ -79,36 +108,17 @@ def _mac(ask: Ask) -> list[str]:
     return found
 
 
-def _therm(ask: Ask) -> str:
-    return ask(["pmset", "-g", "therm"])
-
-
-def _linux(power_supply: Path) -> list[str]:
-    def read(path: Path) -> str:
-        try:
-            return path.read_text().strip()
-        except OSError:
-            return ""
-
-    supplies = sorted(power_supply.iterdir()) if power_supply.is_dir() else []
-    for supply in supplies:
-        discharging = read(supply / "status") == "Discharging"
-        # A mouse has a battery, too.
-        own = read(supply / "scope") != "Device"
-        if read(supply / "type") == "Battery" and discharging and own:
-            return ["running on battery power"]
-    return []
-
-
-def _nvidia(ask: Ask) -> list[str]:
+def _nvidia(pynvml: ModuleType) -> list[str]:
     found = []
-    for field in ("clocks_event_reasons", "clocks_throttle_reasons"):
-        query = ["nvidia-smi", f"--query-gpu={field}.active", "--format=csv,noheader"]
-        masks = re.findall(r"0x[0-9a-fA-F]+", ask(query))
-        for i, mask in enumerate(masks):
-            why = [name for bit, name in _SLOWED.items() if int(mask, 16) & bit]
+    try:
+        pynvml.nvmlInit()
+        for i in range(pynvml.nvmlDeviceGetCount()):
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(i)
+            reasons = pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
+            bits = {n: getattr(pynvml, f"nvmlClocksEventReason{n}") for n in _SLOWED}
+            why = [text for n, text in _SLOWED.items() if reasons & bits[n]]
             if why:
                 found.append(f"GPU {i} is slowed: {', '.join(why)}")
-        if masks:
-            break
+    except pynvml.NVMLError:  # there is no GPU, or its driver does not tell
+        pass
     return found

@@ -12,7 +12,7 @@ from mlx_lm.sample_utils import make_sampler
 from ..compute.device import on_gpu
 from .competitors import Competitor, Sampler
 from .decoding import Run, prompts, run
-from .energy import Meter, Sample, joules
+from .energy import Meter
 from .latency import Spread, chained, spread
 
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
@@ -182,14 +182,12 @@ def measure(
                 alone[cell.batch_size, name] = head_alone(
                     competitors, sampler, cell.batch_size, repeats
                 )
-        samples = meter.samples()
+        meter.settle()
         rows = []
         for name in samplers:
             for i, c in enumerate(competitors):
                 head = alone[cell.batch_size, name][i]
-                rows.append(
-                    _row(c, cell, name, max_tokens, runs[name][i], head, samples)
-                )
+                rows.append(_row(c, cell, name, max_tokens, runs[name][i], head, meter))
         yield cell, rows
 
 
@@ -229,12 +227,12 @@ def _row(
     max_tokens: int,
     runs: list[Run],
     head: list[float] | None,
-    samples: list[Sample],
+    meter: Meter,
 ) -> Row:
     b = cell.batch_size
     step = spread(r.step for r in runs)
     n_tokens = b * (max_tokens - 1)
-    told = (joules(samples, r.begin, r.end) for r in runs)
+    told = (meter.joules(r.begin, r.end) for r in runs)
     energy = [j / n_tokens for j in told if j is not None]
     return {
         "head": c.name,

@@ -112,6 +112,7 @@ def load_head(
     folder: str | Path,
     section: Section,
     transform: Transform | None = Transform(),
+    own: Table | None = None,
 ) -> FlashHead:
     """Read a folder's FlashHead, lazily, as its config section describes it.
 
@@ -119,6 +120,8 @@ def load_head(
         folder: A converted folder.
         section: The config's ``flashhead`` section.
         transform: What the model does to its logits; ``None`` if that is not known.
+        own: Rows of the model's own head ``[V, D]``, to be used instead of the stored
+          ones where their bits differ.
 
     Raises:
         FormatError: It is missing or does not fit its description.
@@ -134,8 +137,14 @@ def load_head(
         if section.format_version == 1 and "excess" in tensors:
             tensors["excess"] = tensors["excess"][None]
         _check_tensors(tensors, section)
+        rows = _read_table(tensors, "rows", section.rows)
+        if own is not None and _form(own) != section.rows:
+            # Padding repeats a row that exists; it is masked wherever logits are made.
+            ids = tensors["token_ids"]
+            index = mx.where(ids < section.vocab_size, ids, 0)
+            rows = own.map(lambda a: a[index])
         return FlashHead(
-            _read_table(tensors, "rows", section.rows),
+            rows,
             _read_table(tensors, "centroids", section.centroids),
             tensors["token_ids"],
             section.vocab_size,

@@ -230,10 +230,15 @@ class FlashHead(nn.Module):
     def dense(self, x: mx.array) -> mx.array:
         """Exact logits ``[..., V]`` of all rows for ``x [..., D]``, in vocabulary
         order and in the dtype that MLX's product gives."""
+        return self.clustered(x)[..., self._positions]
+
+    def clustered(self, x: mx.array) -> mx.array:
+        """:meth:`dense` in cluster order, as the rows stand: that of token t is at
+        ``positions[t]``."""
         y = self.rows.flat.matmul(x)
         if "bias" in self:
             y = y + self.bias.reshape(-1)
-        return y[..., self._positions]
+        return y[..., : self.vocab_size] if self.padding else y
 
     def retrieve(self, x: mx.array) -> Retrieved:
         """Both stages for hidden states ``x [B, D]``."""

@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,9 +29,11 @@ from ..sampling import (
     full_logits,
     logprobs,
 )
-from .locate import flash_heads
+from .exact import ExactDecoder, Verified
+from .keys import Keys
+from .locate import flash_slots
 from .samplers import read_processors, read_sampler
-from .slots import intercepted
+from .slots import FlashLinear, hidden_state, intercepted
 
 # A function of mlx-lm's.
 Step = Callable[..., Any]
@@ -74,45 +76,16 @@ def acceptance() -> Iterator[Acceptance]:
         _acceptance.reset(token)
 
 
-class Keys:
-    """Random keys, one after another, from a place that MLX's own generator chose: as
-    reproducible as that is by ``mx.random.seed``."""
-
-    def __init__(self) -> None:
-        self._start: list[int] | None = None
-        self._n = 0
-
-    def next(self, settings: Settings) -> mx.array:
-        """A key for one draw; a greedy choice takes nothing from the generator."""
-        if settings.greedy:
-            return mx.zeros((2,), dtype=mx.uint32)
-        if self._start is None:
-            words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32)
-            self._start = cast(list[int], words.tolist())
-        high, low = self._start
-        self._n += 1
-        return mx.array([high, (low + self._n) & 0xFFFFFFFF], dtype=mx.uint32)
+def slot_of(model: Any) -> FlashLinear | None:
+    """What stands in the place of a model's head, where that is a FlashHead."""
+    slots = list(flash_slots(model)) if isinstance(model, nn.Module) else []
+    return slots[0] if len(slots) == 1 else None
 
 
 def head_of(model: Any) -> FlashHead | None:
     """The FlashHead of a model that has one."""
-    heads = list(flash_heads(model)) if isinstance(model, nn.Module) else []
-    return heads[0] if len(heads) == 1 else None
-
-
-def hidden_state(
-    head: FlashHead, model: Callable[..., Any], *args: Any, **kwargs: Any
-) -> mx.array:
-    """What the model's call gives its head, ``[B, L, D]``."""
-    seen: list[mx.array] = []
-
-    def answer(x: mx.array) -> mx.array:
-        seen.append(x)
-        return mx.zeros((*x.shape[:-1], 1), x.dtype)
-
-    with intercepted(head, answer):
-        model(*args, **kwargs)
-    return seen[-1]
+    slot = slot_of(model)
+    return None if slot is None else slot.head
 
 
 def read_request(
@@ -205,6 +178,10 @@ def generate_step(stock: Step) -> Step:
         prompt: mx.array, model: nn.Module, *args: Any, **kwargs: Any
     ) -> Iterator[tuple[int, mx.array]]:
         options = kwargs.get("sampler"), kwargs.get("logits_processors")
+        slot = slot_of(model)
+        if slot is not None and slot.verify_every is not None:
+            yield from exact_generate_step(stock, slot, prompt, model, *args, **kwargs)
+            return
         request = read_request(model, *options)
         if kwargs.get("input_embeddings") is not None:
             request = None  # mlx-lm looks at the model's signature
@@ -227,6 +204,95 @@ def generate_step(stock: Step) -> Step:
     return generate_step
 
 
+def exact_generate_step(
+    stock: Step,
+    slot: FlashLinear,
+    prompt: mx.array,
+    model: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Iterator[tuple[int, mx.array]]:
+    """mlx-lm's ``generate_step``, whose tokens are the dense head's own."""
+    head, embeddings = slot.head, kwargs.get("input_embeddings")
+    if head.transform is None or embeddings is not None:
+        # The slot answers with the dense product.
+        yield from stock(prompt, model, *args, **kwargs)
+        return
+    sampler = kwargs.get("sampler")
+    processors = kwargs.get("logits_processors") or []
+    decoder = ExactDecoder(
+        slot,
+        model,
+        sampler or (lambda x: mx.argmax(x, axis=-1)),
+        processors,
+        read_sampler(sampler),
+        read_processors(processors, head.vocab_size),
+        slot.verify_every or 1,
+    )
+    stand_in = _ExactStandIn(decoder, model, kwargs)
+    kwargs.update(sampler=stand_in.sampler, logits_processors=None)
+    steps = stock(prompt, stand_in, *args, **kwargs)
+    try:
+        with closing(steps):
+            for token, _ in steps:
+                yield token, stand_in.verified.popleft().logprobs
+    finally:
+        decoder.close()
+
+
+class _ExactStandIn:
+    """Stands in for a model whose tokens an :class:`ExactDecoder` finds: its logits are
+    zeros.
+
+    Args:
+        decoder: Finds them.
+        model: The model.
+        options: What ``generate_step`` was called with.
+    """
+
+    def __init__(
+        self, decoder: ExactDecoder, model: nn.Module, options: dict[str, Any]
+    ):
+        self._decoder = decoder
+        self._model = model
+        self.verified: deque[Verified] = deque()
+        # mlx-lm takes one step more than it yields tokens.
+        n = options.get("max_tokens", 256)
+        self._left = n + 1 if n >= 0 else 1 << 62
+        self._quantized_from: int | None = None
+        if options.get("kv_bits") is not None:
+            self._quantized_from = options.get("quantized_kv_start", 5000)
+        self._context: list[mx.array] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, inputs: mx.array, **kwargs: Any) -> mx.array:
+        decoder = self._decoder
+        if decoder.processors and inputs.size:
+            self._context = [mx.concatenate([*self._context, inputs[0]])]
+        if inputs.shape[1] != 1:
+            return self._model(inputs, **kwargs)
+        context = self._context[0] if self._context else mx.zeros((0,), mx.uint32)
+        cache = kwargs.get("cache")
+        at_most = min(self._left, self._until_quantized(cache))
+        self._left -= 1
+        self.verified.append(decoder.next(inputs[0], cache, context, at_most))
+        return mx.zeros((1, 1, 1))
+
+    def _until_quantized(self, cache: Any) -> int:
+        """Steps that can be taken at once: mlx-lm quantizes the caches between steps,
+        from a number of tokens on, and what is drafted must not be among them."""
+        waiting = [c.offset for c in cache or () if hasattr(c, "to_quantized")]
+        if self._quantized_from is None or not waiting:
+            return 1 << 62
+        return max(1, self._quantized_from - max(waiting) - 1)
+
+    def sampler(self, logits: mx.array) -> mx.array:
+        """The token that was found last."""
+        return mx.array([self.verified[-1].token], dtype=mx.uint32)
+
+
 def speculative_generate_step(stock: Step) -> Step:
     """mlx-lm's ``speculative_generate_step``, with tokens of the draft, the target or
     both drawn among candidates. Logits processors leave it to mlx-lm."""
@@ -244,7 +310,10 @@ def speculative_generate_step(stock: Step) -> Step:
         turn, keys = _Turn(sampler), Keys()
 
         def stand_in(model: nn.Module, longest: int) -> _StandIn:
-            request = None if processors else read_request(model, sampler, None)
+            slot = slot_of(model)
+            exact = slot is not None and slot.verify_every is not None
+            leave = processors or (exact and longest > 2)
+            request = None if leave else read_request(model, sampler, None)
             head, settings, _ = request or (None, Settings(), [])
             return _StandIn(turn, model, head, settings, keys, (), longest)
 
@@ -284,7 +353,9 @@ def batch_step(stock: Step) -> Step:
         if not hasattr(self, "_flash"):
             self._flash = head_of(self.model), Keys()
         head, keys = self._flash
-        if head is None or not self.uids:
+        slot = slot_of(self.model)
+        exact = slot is not None and slot.verify_every is not None
+        if head is None or exact or not self.uids:
             return stock(self)
         sequences = range(len(self.uids))
         requests = [_Request.read(self, e, head.vocab_size) for e in sequences]

@@ -22,8 +22,19 @@ from ..folder import integrity
 from ..folder.format import load_head
 from ..folder.section import FormatError, has_section, read_section
 from ..head import FlashHead
-from .locate import HeadNotFound, find_transform, get_module, head_table, place
+from .locate import (
+    HeadNotFound,
+    find_transform,
+    flash_slots,
+    get_module,
+    head_table,
+    place,
+)
 from .slots import FlashLinear
+
+# Positions that one dense product verifies, unless something else is asked for. On
+# Apple's GPUs MLX reads the rows once for all from 6 to 12 positions on.
+VERIFY_EVERY = 16
 
 
 def switched_off() -> bool:
@@ -38,6 +49,8 @@ def load_model(
     *args: Any,
     n_probes: int | None = None,
     dense: bool = False,
+    exact: bool = False,
+    verify_every: int | None = None,
     **kwargs: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model's folder, with its FlashHead if it has one.
@@ -48,6 +61,8 @@ def load_model(
         lazy: Leave the weights on disk until they are used.
         n_probes: Clusters probed per decoded token, instead of the stored number.
         dense: Keep the dense head; so does ``MLX_FLASHHEAD=0``.
+        exact: Whether FlashHead drafts and the dense head verifies.
+        verify_every: Tokens that are verified at once.
         args, kwargs: For ``stock``.
 
     Raises:
@@ -63,7 +78,8 @@ def load_model(
         with guard:
             model, config = stock(model_path, True, *args, **kwargs)
         if flash:
-            install(model, model_path, n_probes)
+            every = (verify_every or VERIFY_EVERY) if exact else None
+            install(model, model_path, n_probes, every, _stop_tokens(config))
         elif converted:
             for_device(model)
     if not lazy:
@@ -71,8 +87,23 @@ def load_model(
     return model, config
 
 
-def install(model: nn.Module, folder: str | Path, n_probes: int | None) -> nn.Module:
-    """Put the FlashHead of a folder into its freshly loaded, lazy model."""
+def _stop_tokens(config: dict[str, Any]) -> frozenset[int]:
+    """Ids that end a text, as a config has them."""
+    ids = config.get("eos_token_id")
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+
+def install(
+    model: nn.Module,
+    folder: str | Path,
+    n_probes: int | None,
+    verify_every: int | None = None,
+    stop_tokens: frozenset[int] = frozenset(),
+) -> nn.Module:
+    """Put the FlashHead of a folder into its freshly loaded, lazy model.
+
+    With ``verify_every`` its rows are those of the model's own head, in cluster order:
+    what is decoded is to be what the model itself decodes."""
     section = read_section(folder)
     assert section is not None  # has_section()
     path = section.head_path
@@ -80,7 +111,8 @@ def install(model: nn.Module, folder: str | Path, n_probes: int | None) -> nn.Mo
         table = head_table(get_module(model, path))
     except (HeadNotFound, AttributeError) as e:
         raise FormatError(f"{folder}: {e}; convert the model again") from None
-    head = load_head(folder, section, find_transform(model, path))
+    own = table if verify_every is not None else None
+    head = load_head(folder, section, find_transform(model, path), own)
     dense = (*table.weight.shape[:-1], table.hidden_size)
     if dense != (head.vocab_size, head.hidden_size):
         raise FormatError(
@@ -91,7 +123,11 @@ def install(model: nn.Module, folder: str | Path, n_probes: int | None) -> nn.Mo
     integrity.check_unchanged(folder, section, table)
     if n_probes is not None:
         head.n_probes = n_probes
-    return for_device(place(model, path, head))
+    for_device(model)
+    place(model, path, head)
+    for slot in flash_slots(model):
+        slot.verify_every, slot.stop_tokens = verify_every, stop_tokens
+    return for_device(model)
 
 
 def load_tokenizer(

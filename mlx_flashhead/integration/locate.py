@@ -207,6 +207,13 @@ def place(model: nn.Module, path: str, head: FlashHead) -> nn.Module:
     return model
 
 
+def flash_slots(model: nn.Module) -> Iterator[FlashLinear]:
+    """What stands in a model in the place of heads that are FlashHeads."""
+    for _, module in model.named_modules():
+        if isinstance(module, FlashLinear):
+            yield module
+
+
 def flash_heads(model: nn.Module) -> Iterator[FlashHead]:
     """The FlashHeads in a model, also within the embedding of a tied one; none in a
     model with a dense head. Set their ``n_probes`` to trade speed for fidelity."""

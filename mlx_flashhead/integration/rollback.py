@@ -10,11 +10,12 @@ What a step does to a cache decides what has to be remembered of it:
 - It appends (``KVCache``): the offsets before each step.
 - It replaces arrays by new ones (``ArraysCache``): these arrays, before each step. All
   states of a draft are then alive at once, as long as the draft is.
-- It overwrites the oldest tokens (a full ``RotatingKVCache``) or cuts them off (a full
-  ``ChunkedKVCache``): the buffers as they were before the first such step. MLX shares
-  the memory of an array until it is written to, so a draft costs one copy of these
-  buffers, which the first write makes instead of writing in place, and nothing else
-  unless something is undone.
+- It overwrites the oldest token (a full ``RotatingKVCache``): copies of the slots that
+  the next steps take. Holding the buffers themselves would be simpler, but MLX writes
+  in place only what nobody else holds: the first write of a draft would copy each
+  buffer, and all would take twice the memory until the draft ends.
+- It cuts the oldest token off (a full ``ChunkedKVCache``): the buffers before the first
+  such step, which the step replaces anyway.
 
 Nothing here evaluates an array or waits for the device.
 """
@@ -27,6 +28,9 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as mlx_lm_caches
+
+# The slots of a full RotatingKVCache that are copied at a time: about a draft's tokens.
+_BLOCK = 16
 
 
 class Rollback:
@@ -198,121 +202,135 @@ class _Concatenating(_Appending):
 
 
 class _Buffers(NamedTuple):
-    """Buffers as they were before a step."""
+    """What is remembered of a cache's buffers as they were before a step."""
 
     step: int
     keys: mx.array
     values: mx.array
 
 
-class _Losing(_Appending):
-    """Where a cache is full, each step loses its oldest token. The buffers before the
-    first such step still have it and are saved; once the steps have lost everything in
-    them that can be lost, the buffers of then are saved as well."""
+class _Rotating(_Appending):
+    """Once the cache is full, the newest token takes the oldest one's slot, after the
+    first ``keep`` slots. The slots that the next steps take are copied first."""
+
+    # The place of the next token comes last.
+    position: ClassVar[tuple[str, ...]] = ("offset", "_idx")
 
     def __init__(self, cache: Any) -> None:
         super().__init__(cache)
+        self.size: int = cache.max_size
+        self.turning: int = self.size - getattr(cache, "keep", 0)
+        self.block = min(_BLOCK, self.turning)
         self.saved: list[_Buffers] = []
-
-    def is_full(self) -> bool:
-        """Whether the next step loses a token."""
-        raise NotImplementedError
-
-    def capacity(self) -> int:
-        """The number of steps after which nothing that can be lost is left."""
-        raise NotImplementedError
-
-    def put_back(
-        self, old: mx.array, new: mx.array, n: int, earlier: int, later: int
-    ) -> mx.array:
-        """A buffer as it was before step ``n``: of before step ``later``, with what the
-        steps since ``n`` lost taken from that of before step ``earlier``."""
-        raise NotImplementedError
+        # After a prompt there are more slots than ``size``: the first step makes new
+        # buffers without the oldest.
+        self.whole = (cache.keys, cache.values) if self.length > self.size else None
 
     def step(self) -> None:
         step = len(self.before)
-        if self.is_full() and (
-            not self.saved or step - self.saved[-1].step == self.capacity()
+        if self.filled() >= self.size and (
+            not self.saved or step - self.saved[-1].step == self.block
         ):
             self.save(step)
         super().step()
 
     def save(self, step: int) -> None:
+        """Copy the slots that the next steps take. The buffers depend on the copies, so
+        that these are made before the next write, which may then be in place."""
         cache = self.cache
-        self.saved.append(_Buffers(step, _handle(cache.keys), _handle(cache.values)))
+        excess = max(0, cache.keys.shape[2] - self.size)
+        runs = list(self.runs(cache._idx, self.block))
+        saved = []
+        for name in ("keys", "values"):
+            buffer = getattr(cache, name)
+            parts = [buffer[..., a + excess : b + excess, :] for a, b in runs]
+            slots = mx.contiguous(mx.concatenate(parts, axis=2))
+            setattr(cache, name, mx.depends(buffer, slots))
+            saved.append(slots)
+        self.saved.append(_Buffers(step, *saved))
+
+    def runs(self, slot: int, steps: int) -> Iterator[tuple[int, int]]:
+        """The slots of some steps, the first of which takes ``slot``: from, to."""
+        slot = min(slot, self.size)
+        while steps:
+            if slot == self.size:
+                slot -= self.turning
+            stop = min(slot + steps, self.size)
+            yield slot, stop
+            steps -= stop - slot
+            slot = stop
 
     def to(self, n: int) -> None:
+        cache, end = self.cache, len(self.before)
+        if n == 0 and self.whole:
+            cache.keys, cache.values = self.whole
+        else:
+            # The latest first: a slot that was taken twice gets what it held at first.
+            for buffers in reversed(self.saved):
+                first = max(n, buffers.step)
+                last = min(end, buffers.step + self.block)
+                done = first - buffers.step
+                for a, b in self.runs(self.before[first][-1], max(0, last - first)):
+                    old = slice(done, done + b - a)
+                    cache.keys[..., a:b, :] = buffers.keys[..., old, :]
+                    cache.values[..., a:b, :] = buffers.values[..., old, :]
+                    done += b - a
+        super().to(n)
+
+
+class _BatchRotating(_Rotating):
+    position = ("offset", "left_padding", "_offset", "rotated", "_idx")
+    tokens = "_offset"
+
+
+class _Chunked(_Appending):
+    """Once the cache is full, the model cuts its oldest token off before each step and
+    makes new buffers. Those before the first such step still have it and are kept;
+    once the steps have cut off all their tokens, the buffers of then as well."""
+
+    position = ("offset", "start_position")
+
+    def __init__(self, cache: Any) -> None:
+        super().__init__(cache)
+        self.saved: list[_Buffers] = []
+
+    def filled(self) -> int:
+        return self.cache.offset - self.cache.start_position
+
+    def step(self) -> None:
+        step, size = len(self.before), self.cache.chunk_size
+        if self.filled() > size and (
+            not self.saved or step - self.saved[-1].step == size
+        ):
+            self.save(step)
+        super().step()
+
+    def save(self, step: int) -> None:
+        keys, values = self.cache.keys, self.cache.values
+        self.saved.append(_Buffers(step, _handle(keys), _handle(values)))
+
+    def to(self, n: int) -> None:
+        """Take the first buffers of step ``n`` or later, and put before them what was
+        cut off in between."""
         cache, now = self.cache, len(self.before)
         super().step()
         self.save(now)
         later = next(buffers for buffers in self.saved if buffers.step >= n)
         earlier = next((b for b in reversed(self.saved) if b.step < n), None)
         cache.keys, cache.values = later.keys, later.values
-        if earlier is None:  # nothing is lost that step n still had
+        if earlier is None:
             super().to(n)
             return
         _Record.to(self, n)
-        if later.step > n:
-            steps = n, earlier.step, later.step
-            cache.keys = self.put_back(earlier.keys, later.keys, *steps)
-            cache.values = self.put_back(earlier.values, later.values, *steps)
-
-
-class _Rotating(_Losing):
-    """The newest token takes the oldest one's slot, after the first ``keep`` slots."""
-
-    position: ClassVar[tuple[str, ...]] = ("offset", "_idx")
-
-    def is_full(self) -> bool:
-        return bool(getattr(self.cache, self.tokens) >= self.cache.max_size)
-
-    def capacity(self) -> int:
-        return int(self.cache.max_size - getattr(self.cache, "keep", 0))
-
-    def put_back(
-        self, old: mx.array, new: mx.array, n: int, earlier: int, later: int
-    ) -> mx.array:
-        size, slot = self.cache.max_size, self.cache._idx
-        # After a prompt there are more slots than that, until the next step cuts them.
-        excess = old.shape[2] - size
-        left = later - n
-        while left:
-            if slot == size:
-                slot -= self.capacity()
-            stop = min(slot + left, size)
-            new[..., slot:stop, :] = old[..., slot + excess : stop + excess, :]
-            left -= stop - slot
-            slot = stop
-        return new
-
-
-class _BatchRotating(_Rotating):
-    position = ("offset", "left_padding", "_offset", "_idx", "rotated")
-    tokens = "_offset"
-
-
-class _Chunked(_Losing):
-    """The model cuts tokens off at the front before each step."""
-
-    position = ("offset", "start_position")
-
-    def is_full(self) -> bool:
-        return self.filled() > self.cache.chunk_size
-
-    def filled(self) -> int:
-        return int(self.cache.offset - self.cache.start_position)
-
-    def capacity(self) -> int:
-        return int(self.cache.chunk_size)
-
-    def put_back(
-        self, old: mx.array, new: mx.array, n: int, earlier: int, later: int
-    ) -> mx.array:
-        first, start, end = (self.before[i][1] for i in (earlier, n, later))
+        first, start, end = (self.before[i][1] for i in (earlier.step, n, later.step))
         # As many slots as without the undone steps, the free ones at the end included.
-        length = max(new.shape[2], self.filled()) - (end - start)
-        front = old[..., start - first : end - first, :]
-        return mx.concatenate([front, new[..., :length, :]], axis=2)
+        length = max(_length(cache.keys), self.filled()) - (end - start)
+        cache.keys, cache.values = (
+            mx.concatenate(
+                [old[..., start - first : end - first, :], new[..., :length, :]], axis=2
+            )
+            for old, new in zip(earlier[1:], later[1:], strict=True)
+        )
 
 
 class _Replacing(_Record):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,22 +36,47 @@ def intercepted(head: FlashHead, answer: Answer) -> Iterator[None]:
         _interceptions.reset(token)
 
 
+def hidden_state(
+    head: FlashHead, model: Callable[..., Any], *args: Any, **kwargs: Any
+) -> mx.array:
+    """What the model's call gives its head, ``[B, L, D]``."""
+    states: list[mx.array] = []
+
+    def answer(x: mx.array) -> mx.array:
+        states.append(x)
+        return mx.zeros((*x.shape[:-1], 1), x.dtype)
+
+    with intercepted(head, answer):
+        model(*args, **kwargs)
+    return states[-1]
+
+
 class FlashLinear(nn.Module):
     """Stands in for the ``nn.Linear`` of a model whose embedding is another table.
 
     Args:
         head (FlashHead): The head.
+
+    Attributes:
+        verify_every (int, optional): Positions that exact decoding verifies at once;
+          ``None`` for approximate decoding. Where it is exact, the slot answers every
+          call with the dense product.
+        stop_tokens (frozenset[int]): Tokens that end a text.
     """
 
     def __init__(self, head: FlashHead):
         super().__init__()
         self.head = head
+        self.verify_every: int | None = None
+        self.stop_tokens: frozenset[int] = frozenset()
 
     def __call__(self, x: mx.array) -> mx.array:
         """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x."""
         for head, answer in reversed(_interceptions.get()):
             if head is self.head:
                 return answer(x)
+        if self.verify_every is not None:
+            return self.head.dense(x).astype(x.dtype)
         return self.head(x)
 
 

@@ -1,0 +1,33 @@
+"""Random keys of a generation's draws."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import mlx.core as mx
+
+from ..sampling import Settings
+
+
+class Keys:
+    """Random keys, one after another, from a place that MLX's own generator chose: as
+    reproducible as that is by ``mx.random.seed``."""
+
+    def __init__(self) -> None:
+        self._start: list[int] | None = None
+        self._n = 0
+
+    def next(self, settings: Settings) -> mx.array:
+        """A key, uint32 ``[2]``, for one draw."""
+        self._n += 1
+        return self.at(self._n, settings)
+
+    def at(self, n: int, settings: Settings) -> mx.array:
+        """The key of draw n; a greedy choice takes nothing from the generator."""
+        if settings.greedy:
+            return mx.zeros((2,), dtype=mx.uint32)
+        if self._start is None:
+            words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32)
+            self._start = cast(list[int], words.tolist())
+        high, low = self._start
+        return mx.array([high, (low + n) & 0xFFFFFFFF], dtype=mx.uint32)
