@@ -167,7 +167,7 @@ def test_every_barrier_of_the_kernels_matters(kernel, monkeypatch):
     run = {
         "select_probes": lambda: module._check(70, mx.float32),
         "greedy": lambda: module._check(mx.float32, True, True),
-        "sample": lambda: module._check(70, mx.float32, (True, True, True), 8),
+        "sample": lambda: module._check(70, mx.float32, (True, True, True)),
     }[kernel]
     monkeypatch.setattr(backend, "kind", lambda: "metal")
     monkeypatch.setattr(backend.Kernel, "__call__", emulator.launch)

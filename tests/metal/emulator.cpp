@@ -21,8 +21,15 @@
 #include <cstring>
 #include <memory>
 #include <random>
-#include <string>
 #include <vector>
+
+// Of C++'s library only what is in its headers is used, so that none has to be built.
+void* operator new(size_t size) { return malloc(size); }
+void operator delete(void* p) noexcept { free(p); }
+void operator delete(void* p, size_t) noexcept { free(p); }
+void* operator new[](size_t size) { return malloc(size); }
+void operator delete[](void* p) noexcept { free(p); }
+void operator delete[](void* p, size_t) noexcept { free(p); }
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
@@ -111,7 +118,7 @@ std::vector<Simdgroup> simdgroups;
 void* scheduler_sp;
 unsigned current, n_threads, n_done, epoch;
 uint64_t group_number;
-std::string schedule;
+const char* schedule;
 std::mt19937 rng;
 
 [[noreturn]] void fail(const char* format, ...) {
@@ -119,7 +126,7 @@ std::mt19937 rng;
   va_start(args, format);
   fprintf(stderr, "emulator: ");
   vfprintf(stderr, format, args);
-  fprintf(stderr, " (schedule %s)\n", schedule.c_str());
+  fprintf(stderr, " (schedule %s)\n", schedule);
   fflush(stderr);
   _Exit(3);
 }
@@ -215,9 +222,9 @@ void run_group() {
   simdgroups.assign((n_threads + LANES - 1) / LANES, Simdgroup());
   std::vector<unsigned> order(n_threads);
   for (unsigned i = 0; i < n_threads; i++) {
-    order[i] = schedule == "reversed" ? n_threads - 1 - i : i;
+    order[i] = strcmp(schedule, "reversed") ? i : n_threads - 1 - i;
   }
-  bool random = schedule[0] == 'r' && schedule != "reversed";
+  bool random = strncmp(schedule, "random", 6) == 0;
   while (n_done < n_threads) {
     bool any = false;
     if (random) std::shuffle(order.begin(), order.end(), rng);
@@ -238,18 +245,19 @@ void run_group() {
     }
     if (release(0, n_threads, BARRIER)) any = true;
     if (!any) {
-      std::string what = "divergent: threads wait for each other:";
+      char what[600] = "divergent: threads wait for each other:";
       State last = READY;
       unsigned line = 0;
       for (unsigned i = 0; i < n_threads; i++) {
         if (fibers[i].state != last || fibers[i].line != line) {
           last = fibers[i].state;
           line = fibers[i].line;
-          what += " thread " + std::to_string(i) + " at " + STATES[last] +
-              (last == DONE ? "" : " in line " + std::to_string(line)) + ";";
+          size_t n = strlen(what);
+          snprintf(what + n, sizeof(what) - n, " thread %u at %s in line %u;", i,
+                   STATES[last], line);
         }
       }
-      fail("%s", what.substr(0, 600).c_str());
+      fail("%s", what);
     }
   }
 }

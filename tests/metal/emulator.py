@@ -44,10 +44,11 @@ class MetalError(Exception):
 
 
 class Compiler(NamedTuple):
-    """A C++ compiler and the sanitizers that it can link."""
+    """A C++ compiler, the sanitizers that it can link, and its flags for linking."""
 
     command: tuple[str, ...]
     sanitizers: str
+    linking: tuple[str, ...] = ()
 
 
 @lru_cache
@@ -58,14 +59,17 @@ def find_compiler() -> Compiler:
     Raises:
         MetalError: If there is none.
     """
+    linking: tuple[str, ...] = ()
     if named := os.environ.get("METAL_CXX"):
         command = tuple(named.split())
     elif importlib.util.find_spec("ziglang"):
         command = (sys.executable, "-m", "ziglang", "c++")
+        # It has the C++ library as source, and building that takes a minute.
+        linking = ("-nostdlib++",)
     else:
         command = ("clang++",)
     for sanitizers in ("address,undefined", "undefined", ""):
-        compiler = Compiler(command, sanitizers)
+        compiler = Compiler(command, sanitizers, linking)
         try:
             _runtime(compiler)
             return compiler
@@ -117,8 +121,10 @@ def _runtime(compiler: Compiler) -> Path:
     key = f"{compiler}{source.read_text()}"
 
     def make(path: Path) -> None:
-        flags = [*_flags(compiler), "-std=c++17"]
+        flags = [*_flags(compiler), "-std=c++17", "-fno-exceptions", "-fno-rtti"]
+        flags.append("-D_LIBCPP_VERBOSE_ABORT(...)=__builtin_abort()")
         _execute([*compiler.command, *flags, "-c", str(source), "-o", str(path)])
+        flags += compiler.linking
         trial = path.with_name("trial.cpp")
         trial.write_text('extern "C" void emu_entry() {}')
         program = path.with_name("trial")
@@ -250,6 +256,7 @@ def build(text: str) -> Path:
         file.write_text(source)
         flags = [
             *_flags(compiler),
+            *compiler.linking,
             "-std=c++14",
             f"-I{HERE}",
             "-fsanitize-coverage=func,trace-loads,trace-stores",

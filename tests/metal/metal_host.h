@@ -6,10 +6,11 @@
 // on the emulator (emulator.cpp), one fiber per thread.
 #pragma once
 
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
+// No header of C++'s library, which need not be there.
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
 
 #ifdef METAL_ADDRESS_SPACES
 #define device __attribute__((address_space(1)))
@@ -129,7 +130,7 @@ template <typename T>
 inline T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
 inline T max(T a, T b) { return a < b ? b : a; }
-using std::exp;  // not one of our own: some libraries have it in the global namespace, too
+#define exp __builtin_expf  // no function: some libraries have a global one
 inline uint mulhi(uint a, uint b) { return uint(uint64_t(a) * b >> 32); }
 
 #define EMU_REDUCE(NAME, EXPRESSION)                           \
