@@ -116,9 +116,10 @@ def main() -> None:
             found[mode] = outcome(report)
     said = list(problems(**found))
     for mode, tests in found.items():
-        n = sum(what is not None for what in tests.values())
+        failed = [name for name, what in tests.items() if what is not None]
         release = f"mlx-lm {version('mlx-lm')}"
-        print(f"{release}, {mode}: {len(tests)} of its own tests, {n} failed")
+        print(f"{release}, {mode}: {len(tests)} of its own tests, {len(failed)} failed")
+        print(*(f"  {name}" for name in failed), sep="\n")
     sys.exit("\n".join(said) or None)
 
 
