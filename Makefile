@@ -1,5 +1,6 @@
 # make demo: convert Gemma 3 270M and continue a prompt, dense and with FlashHead
 # make test: the whole test suite
+# make test-mlx-lm: mlx-lm's own tests, stock and patched
 # make lint: ruff and mypy
 # make test-oldest: quick tests with the oldest versions that pyproject.toml allows
 # make test-newest: the same with the newest
@@ -18,13 +19,16 @@ OPENBLAS := $(shell PATH=$$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | sed -n
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 endif
 
-.PHONY: demo test lint test-oldest test-newest blas clean
+.PHONY: demo test test-mlx-lm lint test-oldest test-newest blas clean
 
 demo: .venv/demo blas
 	$(RUN) $(BIN)/mlx_flashhead.demo
 
 test: .venv/test blas
 	$(RUN) $(BIN)/python -m pytest
+
+test-mlx-lm: .venv/test blas
+	PYTHONPATH=tests $(RUN) $(BIN)/python -m mlx_lm_suite
 
 lint: .venv/lint
 	$(BIN)/ruff check
