@@ -1,8 +1,9 @@
 # make demo: convert Gemma 3 270M and continue a prompt, dense and with FlashHead
-# make test: the whole test suite
+# make test: the tests, minutes on two cores
+# make test-all: also what takes long, or changes seldom
 # make test-mlx-lm: mlx-lm's own tests, stock and patched
 # make lint: ruff and mypy
-# make test-oldest: quick tests with the oldest versions that pyproject.toml allows
+# make test-oldest: tests with the oldest versions that pyproject.toml allows
 # make test-newest: the same with the newest
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,13 +20,22 @@ OPENBLAS := $(shell PATH=$$PATH:/sbin:/usr/sbin ldconfig -p 2>/dev/null | sed -n
 RUN := $(if $(OPENBLAS),LD_PRELOAD=$(OPENBLAS))
 endif
 
-.PHONY: demo test test-mlx-lm lint test-oldest test-newest blas clean
+# In two processes, each with a thread of its own for BLAS.
+pytest = $(RUN) OPENBLAS_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
+
+.PHONY: demo test test-all test-full test-mlx-lm lint test-oldest test-newest blas clean
 
 demo: .venv/demo blas
 	$(RUN) $(BIN)/mlx_flashhead.demo
 
 test: .venv/test blas
-	$(RUN) $(BIN)/python -m pytest
+	$(call pytest,.venv)
+
+# Step by step.
+test-all: test-full test-mlx-lm
+
+test-full: .venv/test blas
+	$(call pytest,.venv) -m ""
 
 test-mlx-lm: .venv/test blas
 	PYTHONPATH=tests $(RUN) $(BIN)/python -m mlx_lm_suite
@@ -37,16 +47,25 @@ lint: .venv/lint
 
 # Of what stands between the package and the versions it allows.
 BOUNDS := head files samplers candidates decoding patch generate convert gguf metal_kernels
+UV := .venv-uv/bin/uv
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
+# The first of 3.11, which this machine has or uv gets; else, said aloud, $(PYTHON).
+PYTHON_oldest := >=3.11,<3.11.3
+PYTHON_newest := $(PYTHON)
 
-test-oldest test-newest: test-%: blas
-	rm -rf .venv-$*
-	$(PYTHON) -m venv .venv-$*
-	.venv-$*/bin/python -m pip install -q --disable-pip-version-check uv
-	.venv-$*/bin/uv pip install -q --python .venv-$*/bin/python --resolution $(RESOLUTION_$*) -e '.[test$(MLX)]'
-	.venv-$*/bin/uv pip list -q --python .venv-$*/bin/python
-	$(RUN) .venv-$*/bin/python -m pytest $(BOUNDS:%=tests/test_%.py)
+test-oldest test-newest: test-%: $(UV) blas
+	$(UV) venv -q --seed --clear --python '$(PYTHON_$*)' .venv-$* || { \
+	  echo "Note: no Python $(PYTHON_$*) here, and uv gets none: testing with $(PYTHON)"; \
+	  $(UV) venv -q --seed --clear --python '$(PYTHON)' .venv-$*; }
+	$(UV) pip install -q --python .venv-$* --resolution $(RESOLUTION_$*) -e '.[test$(MLX)]'
+	.venv-$*/bin/python --version
+	$(UV) pip list -q --python .venv-$*
+	$(call pytest,.venv-$*) $(BOUNDS:%=tests/test_%.py)
+
+$(UV):
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install -q --disable-pip-version-check uv
 
 .venv/%: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "Python 3.11 or later is needed, this is %d.%d: use make PYTHON=python3.12" % v[:2])'
@@ -60,4 +79,4 @@ ifeq ($(MLX)$(OPENBLAS),,cpu)
 endif
 
 clean:
-	rm -rf .venv .venv-oldest .venv-newest build dist *.egg-info
+	rm -rf .venv .venv-* build dist *.egg-info

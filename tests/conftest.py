@@ -16,6 +16,7 @@ os.environ.pop("MLX_FLASHHEAD", None)
 
 import mlx.core as mx
 import pytest
+import real_models
 import small_models
 from hypothesis import HealthCheck, settings
 from mlx_flashhead.convert import convert
@@ -30,6 +31,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items):
+    """Real models take longest: of two processes one begins with them."""
+    items.sort(key=lambda item: item.path.stem != "test_real_models")
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +72,19 @@ def untied_folder(untied_source):
     folder = untied_source.parent / "converted"
     convert(str(untied_source), folder, cluster_size=8, n_probes=90, verbose=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def briefly(request):
+    """Whether real models get less calibration text than by default."""
+    return request.config.getoption("markexpr") == "not full"
+
+
+@pytest.fixture(scope="session")
+def smollm(briefly):
+    return real_models.converted(real_models.smollm_gguf(), briefly)
+
+
+@pytest.fixture(scope="session")
+def gemma(briefly):
+    return real_models.converted(real_models.gemma_gguf(), briefly)

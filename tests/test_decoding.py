@@ -273,9 +273,8 @@ def test_logprobs_that_nobody_reads_are_not_computed(untied_folder):
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_batches_with_rows_that_come_and_go(request, kind, retrieving, counted):
-    folder = request.getfixturevalue(kind)
+def test_batches_with_rows_that_come_and_go(untied_folder, retrieving, counted):
+    folder = untied_folder
     texts = []
     for make in (dense, flash):
         model, tokenizer = make(folder)
@@ -357,8 +356,9 @@ def test_rows_of_equal_prompts_differ(untied_folder):
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_draft_tokens", [1, 3])
-@pytest.mark.parametrize("where", ["draft", "target", "both"])
+@pytest.mark.parametrize(
+    "where, num_draft_tokens", [("draft", 3), ("target", 1), ("both", 3)]
+)
 def test_drafts_change_nothing_but_speed(
     untied_folder, untied_source, retrieving, where, num_draft_tokens
 ):
@@ -579,7 +579,7 @@ def test_a_flash_head_is_not_saved_as_if_it_were_plain(untied_folder, tmp_path):
 # ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [2, 3, 9])
+@pytest.mark.parametrize("length", [2, 9])
 def test_perplexity_is_the_dense_heads(untied_folder, length):
     data = mx.array(np.random.default_rng(0).integers(0, 256, (24, length)))
     wanted = perplexity.eval_ppl(dense(untied_folder)[0], data)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import faults
 import pytest
 
+pytestmark = pytest.mark.full
+
 
 def test_mutated_folders():
     counts = faults.mutate(3 * len(faults.MUTATIONS))

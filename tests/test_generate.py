@@ -444,17 +444,9 @@ def test_converting_and_generating_as_processes(untied_source, untied_folder, tm
     assert piped.stdout.removesuffix("\n") == expected(folder, n_probes=126)
 
 
-def test_demo_as_a_process(untied_folder):
-    shown = run(BIN / "mlx_flashhead.demo", "--model", untied_folder, "--max-tokens", 4)
-    assert shown.returncode == 0, shown.stderr
-    assert "FlashHead ran at" in shown.stdout
-
-
 @pytest.mark.parametrize("module", ["convert", "generate", "demo"])
-def test_modules_have_help_and_know_errors(module, tmp_path):
+def test_modules_know_errors(module, tmp_path):
     command = [sys.executable, "-m", f"mlx_flashhead.{module}"]
-    shown = run(*command, "--help")
-    assert shown.returncode == 0 and shown.stdout.startswith("Usage: mlx_flashhead.")
     flag = "--hf-path" if module == "convert" else "--model"
     failed = run(*command, flag, tmp_path / "missing", cwd=tmp_path)
     assert failed.returncode == 1

@@ -9,10 +9,6 @@ from metal import emulator
 
 from mlx_flashhead.kernels import backend
 
-pytestmark = pytest.mark.skipif(
-    emulator.find_compiler() is None, reason="neither clang++ nor ziglang is installed"
-)
-
 X = mx.arange(64, dtype=mx.float32)
 
 

@@ -20,10 +20,6 @@ select_probes, probe_logits, greedy, sample = (
     for name in ("select_probes", "probe_logits", "greedy", "sample")
 )
 
-pytestmark = pytest.mark.skipif(
-    emulator.find_compiler() is None, reason="neither clang++ nor ziglang is installed"
-)
-
 F16, BF16, F32 = mx.float16, mx.bfloat16, mx.float32
 
 
@@ -135,23 +131,30 @@ def test_probe_logits(case):
     check_probe(*case, stats=PROBE.index(case) % 3 != 2)
 
 
-@pytest.mark.parametrize("dtype, scales", [(BF16, F16), (BF16, F32), (F16, F32)])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    "dtype, scales, bits", [(BF16, F16, 4), (BF16, F32, 8), (F16, F32, 4)]
+)
 def test_scales_may_be_finer_than_states(dtype, scales, bits):
     check_probe(dtype, bits, 64, 640, 16, 2, 5, 3, True, scales)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "bits, group_size", [(0, 32), *itertools.product((4, 5, 6, 8), (32, 64, 128))]
+MATRIX = list(
+    itertools.product(
+        [F16, BF16, F32],
+        [(0, 32), *itertools.product((4, 5, 6, 8), (32, 64, 128))],
+    )
 )
-@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
-def test_probe_logits_matrix(request, dtype, bits, group_size):
-    if "slow" not in request.config.getoption("markexpr"):
-        pytest.skip("a matter of minutes: pytest -m slow")
-    for D in (128, 640, 896, 1152, 2048):
-        for m, stats in itertools.product((1, 5, 16, 33), (False, True)):
-            check_probe(dtype, bits, group_size, D, m, 2, 4, 3, stats)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_probe_logits_matrix(case):
+    """Every format, with sizes that go round."""
+    dtype, (bits, group_size) = case
+    i = MATRIX.index(case)
+    D = (128, 640, 896, 1152, 2048)[i % 5]
+    m = (1, 5, 16, 33)[i % 4]
+    check_probe(dtype, bits, group_size, D, m, 2, 4, 3, stats=i % 2 == 0)
 
 
 def test_a_cluster_of_padding_never_wins():

@@ -2,46 +2,32 @@
 
 Nothing of the package measures here: hidden states come from mlx-lm's own model,
 the reference is the dense product of the source's rows, and what was probed is what
-``candidates`` says. Gemma 3 270M takes minutes to convert, so its folder is kept in
-the cache of :mod:`real_models` for as long as the converter stays the same.
+``candidates`` says.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
 import subprocess
 import sys
-import tempfile
-from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
-from pathlib import Path
 
+import gguf
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-import real_models
+from mlx.utils import tree_map
 from mlx_flashhead.convert import collect
+from mlx_flashhead.convert.gguf import read_gguf
 from mlx_flashhead.convert.pipeline import build_head
 from mlx_flashhead.convert.recipes import RECIPES
 from mlx_lm.utils import load_model
+from real_models import Converted, gemma_gguf, smollm_gguf
+from test_gguf import REFERENCE, gguf_name
 
-import mlx_flashhead
-from mlx_flashhead import convert as converter
-from mlx_flashhead import flash_heads, load
 from mlx_flashhead.integration.locate import get_module, head_table
 
 GIB = 2**30
-PASSAGES = [
-    json.loads(line)
-    for line in (Path(__file__).parent / "data/passages.jsonl")
-    .read_text(encoding="utf-8")
-    .split("\n")
-    if line
-]
 PROMPTS = [
     "The capital of France is",
     "Once upon a time, in a small village by the sea, there lived",
@@ -50,123 +36,6 @@ PROMPTS = [
     "To make a simple tomato soup, you need",
     "1, 2, 3, 4, 5,",
 ]
-
-
-@dataclass
-class Converted:
-    """A converted folder, and what the command said and needed."""
-
-    folder: Path
-    report: dict
-    peak: int
-
-    @cached_property
-    def flash(self):
-        return load(self.folder)
-
-    @cached_property
-    def dense(self):
-        return load(self.folder, dense=True)
-
-    @property
-    def head(self):
-        return next(flash_heads(self.flash[0]))
-
-    @cached_property
-    def weight(self) -> np.ndarray:
-        """The dense head's rows, float32 ``[V, D]``."""
-        model, _ = load_model(self.folder, lazy=True)
-        rows = head_table(model.model.embed_tokens).dequantize(mx.float32)
-        return np.array(rows)
-
-    @cached_property
-    def states(self) -> np.ndarray:
-        """What the head is given on the passages, float32 ``[n, D]``."""
-        model, tokenizer = self.dense
-        found = []
-        for passage in PASSAGES:
-            tokens = tokenizer.encode(passage["text"])
-            hidden = model.model(mx.array([tokens]))[0, 1:]
-            found.append(np.array(hidden.astype(mx.float32)))
-        return np.concatenate(found)
-
-    @cached_property
-    def best(self) -> np.ndarray:
-        """The dense head's best token after each token of the passages."""
-        return np.concatenate(
-            [(h @ self.weight.T).argmax(1) for h in np.array_split(self.states, 8)]
-        )
-
-    def recall(self, head) -> float:
-        hits = []
-        for start in range(0, len(self.states), 64):
-            some = slice(start, start + 64)
-            ids = np.array(head.candidates(mx.array(self.states[some])).ids)
-            hits.append((ids == self.best[some][:, None]).any(1))
-        return float(np.concatenate(hits).mean())
-
-
-# In a process of its own, which says what it needed at its peak.
-CONVERT = """
-import resource, sys
-from mlx_flashhead.convert.cli import main
-main(sys.argv[2:], standalone_mode=False)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-open(sys.argv[1], "w").write(str(peak if sys.platform == "darwin" else peak * 1024))
-"""
-
-
-def convert_gguf(gguf: Path, folder: Path) -> Converted:
-    """Convert into ``folder/model``, and keep what the command said beside it."""
-    peak, target = folder / "peak.txt", folder / "model"
-    command = [sys.executable, "-c", CONVERT, str(peak), "--json"]
-    command += ["--gguf-path", str(gguf), "--mlx-path", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (folder / "report.json").write_text(done.stdout)
-    return converted(folder)
-
-
-def converted(folder: Path) -> Converted:
-    report = json.loads((folder / "report.json").read_text())
-    return Converted(folder / "model", report, int((folder / "peak.txt").read_text()))
-
-
-def converter_key() -> str:
-    """Changes when the converter, or what it stands on, does."""
-    files = list(Path(converter.__file__).parent.rglob("*.py"))
-    files += Path(converter.__file__).parent.glob("*.jsonl")
-    runtime = Path(mlx_flashhead.__file__).parent
-    for room in ("compute", "evaluation", "folder", "head"):
-        files += (runtime / room).glob("*.py")
-    files.append(runtime / "integration" / "locate.py")
-    digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(file.name.encode() + file.read_bytes())
-    for name in ("mlx", "mlx-lm", "numpy", "gguf"):
-        digest.update(version(name).encode())
-    return digest.hexdigest()[:16]
-
-
-@pytest.fixture(scope="session")
-def smollm(tmp_path_factory) -> Converted:
-    return convert_gguf(real_models.smollm_gguf(), tmp_path_factory.mktemp("smollm"))
-
-
-@pytest.fixture(scope="session")
-def gemma() -> Converted:
-    source = real_models.gemma_gguf()
-    folder = source.parent / f"gemma-3-270m-flashhead-{converter_key()}"
-    if not folder.exists():
-        for old in source.parent.glob("gemma-3-270m-flashhead-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        with tempfile.TemporaryDirectory(dir=source.parent) as scratch:
-            made = Path(scratch) / "made"
-            made.mkdir()
-            convert_gguf(source, made)
-            if not folder.exists():  # another run may have been faster
-                made.rename(folder)
-    return converted(folder)
 
 
 def greedy(model, tokenizer, prompt: str, n: int) -> list[int]:
@@ -267,3 +136,140 @@ def test_gemma_recall(gemma):
 
 def test_gemma_greedy_text_is_mostly_that_of_the_dense_head(gemma):
     assert same_choices(gemma, 10) > 0.6
+
+
+# ---------------------------------------------------------------------------
+# What was in the GGUF files, against llama.cpp and the gguf package
+# ---------------------------------------------------------------------------
+
+REAL = {"gemma3-270m": "gemma", "smollm2-135m": "smollm"}
+
+
+@pytest.fixture
+def real(request, name) -> Converted:
+    return request.getfixturevalue(REAL[name])
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_encodings_equal_llama_cpp(real, name):
+    assert len(REFERENCE["encodings"]) > 150
+    for entry in REFERENCE["encodings"]:
+        assert real.dense[1].encode(entry["text"]) == entry[name], entry["text"]
+
+
+def test_published_gemma_encoding(gemma):
+    tokens = gemma.dense[1].encode("Hello, world!")
+    assert tokens == [2, 9259, 236764, 1902, 236888]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_text_survives_encoding_and_streaming(real, name):
+    tokenizer = real.dense[1]
+    kind = "SPM" if name.startswith("gemma") else "BPE"
+    assert type(tokenizer.detokenizer).__name__ == f"{kind}StreamingDetokenizer"
+    for entry in REFERENCE["encodings"]:
+        text = entry["text"]
+        if "\u2581" in text or "\0" in text:  # spaces to SentencePiece; mlx-lm's NUL
+            continue
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(tokens) == text
+        stream = tokenizer.detokenizer
+        for token in tokens:
+            stream.add_token(token)
+        stream.finalize()
+        # mlx-lm's byte-level stream drops a space at the very start.
+        assert stream.text in (text, text[1:] if text[:1] == " " else text)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_answers_equal_llama_cpp(real, name):
+    model, _ = load_model(real.folder, lazy=True)
+    model.update(tree_map(lambda a: a.astype(mx.float32), model.parameters()))
+    for entry in REFERENCE["answers"][name][:2]:
+        prompt, answer = entry["prompt"], entry["answer"][:5]
+        hidden = model.model(mx.array([prompt + answer[:-1]]))[0, len(prompt) - 1 :]
+        row = np.array(model.model.embed_tokens.as_linear(hidden))
+        assert row.argmax(-1).tolist() == answer
+        # The weights were rounded to bfloat16, the reference's were not.
+        assert abs(row[0].max() - entry["top_logit"]) < 0.35
+
+
+def test_real_weights_equal_the_gguf_package(smollm):
+    weights = mx.load(str(smollm.folder / "model.safetensors"))
+    reader = {t.name: t for t in gguf.GGUFReader(smollm_gguf()).tensors}
+    assert len(weights) == len(reader)
+    for part in ("self_attn.v_proj", "mlp.down_proj", "self_attn.o_proj"):
+        for layer in (0, 11):
+            target = f"model.layers.{layer}.{part}.weight"
+            tensor = reader[gguf_name("llama", target)]
+            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            expected = mx.array(values).astype(mx.bfloat16)
+            assert mx.array_equal(weights[target], expected)
+    assert {str(w.dtype) for w in weights.values()} == {"mlx.core.bfloat16"}
+
+
+def test_gemma_norms_are_the_published_bfloat16_ones():
+    model = read_gguf(gemma_gguf())
+    norms = [weight for weight in model._weights.plan if "norm" in weight.name]
+    assert len(norms) == 18 * 6 + 1
+    for weight in norms:
+        value = model._weights.read(weight, mx.float32)
+        rounded = value.astype(mx.bfloat16).astype(mx.float32)
+        # 1 + weight was stored in float32, which costs the last bits only.
+        assert mx.abs(rounded - value).max().item() < 4e-6, weight.name
+
+
+def test_gemma_files(gemma):
+    config = json.loads((gemma.folder / "config.json").read_text())
+    wanted = {
+        "model_type": "gemma3_text",
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 262144,
+        "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+        "bos_token_id": 2,
+        "eos_token_id": [1, 106],
+        "pad_token_id": 0,
+        "torch_dtype": "bfloat16",
+    }
+    assert {key: config[key] for key in wanted} == wanted
+    tokenizer = gemma.dense[1]
+    assert tokenizer.eos_token_ids == {1, 106}
+    assert not tokenizer.has_chat_template
+
+
+# A process of its own shows what writing itself needs.
+WRITE = """
+import resource, sys
+from mlx_flashhead.convert.gguf import read_gguf
+read_gguf(sys.argv[1]).write(sys.argv[2])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(peak if sys.platform == "darwin" else peak * 1024)
+"""
+
+
+@pytest.mark.full
+def test_a_file_is_written_in_little_memory(tmp_path):
+    command = [sys.executable, "-c", WRITE, str(gemma_gguf()), str(tmp_path / "made")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 1.5 * 2**30
+
+
+def test_smollm_files(smollm):
+    folder = smollm.folder
+    text = smollm.dense[1].apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert text.startswith("<|im_start|>system\nYou are a helpful AI assistant")
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["eos_token_id"] == [2, 0]
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 0]

@@ -7,9 +7,9 @@ under several thread schedules. ``launch`` does all of it in the place of
 """
 
 import hashlib
+import importlib.util
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -51,28 +51,30 @@ class Compiler(NamedTuple):
 
 
 @lru_cache
-def find_compiler() -> Compiler | None:
-    """clang++ if there is one, else the ``ziglang`` package; None without either. The
-    environment variable METAL_CXX names another command."""
-    if command := os.environ.get("METAL_CXX"):
-        return Compiler(tuple(command.split()), os.environ.get("METAL_SANITIZERS", ""))
-    names = ["clang++"] + [f"clang++-{n}" for n in range(22, 13, -1)]
-    commands = [(path,) for name in names if (path := shutil.which(name))]
-    try:
-        import ziglang  # noqa: F401
+def find_compiler() -> Compiler:
+    """The compiler of the ``ziglang`` package, else clang++; the environment variable
+    METAL_CXX names another command. With the sanitizers that it has: clang's find more.
 
-        commands.append((sys.executable, "-m", "ziglang", "c++"))
-    except ImportError:
-        pass
-    for command in commands:
-        for sanitizers in ("address,undefined", "undefined", ""):
-            compiler = Compiler(command, sanitizers)
-            try:
-                _runtime(compiler)
-                return compiler
-            except MetalError:
-                continue
-    return None
+    Raises:
+        MetalError: If there is none.
+    """
+    if named := os.environ.get("METAL_CXX"):
+        command = tuple(named.split())
+    elif importlib.util.find_spec("ziglang"):
+        command = (sys.executable, "-m", "ziglang", "c++")
+    else:
+        command = ("clang++",)
+    for sanitizers in ("address,undefined", "undefined", ""):
+        compiler = Compiler(command, sanitizers)
+        try:
+            _runtime(compiler)
+            return compiler
+        except (MetalError, OSError) as e:
+            cause = e
+    raise MetalError(
+        f"{' '.join(command)} makes no program: install the package ziglang, or name a"
+        " clang++ in the environment variable METAL_CXX"
+    ) from cause
 
 
 def _flags(compiler: Compiler) -> list[str]:

@@ -129,7 +129,7 @@ template <typename T>
 inline T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
 inline T max(T a, T b) { return a < b ? b : a; }
-inline float exp(float x) { return ::expf(x); }
+using std::exp;  // not one of our own: some libraries have it in the global namespace, too
 inline uint mulhi(uint a, uint b) { return uint(uint64_t(a) * b >> 32); }
 
 #define EMU_REDUCE(NAME, EXPRESSION)                           \
