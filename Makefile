@@ -1,6 +1,7 @@
 # make demo: convert Gemma 3 270M and continue a prompt, dense and with FlashHead
 # make test: the tests, minutes on two cores
 # make test-all: also what takes long, or changes seldom
+# make test-mlx-lm: mlx-lm's own tests, stock and patched
 # make lint: ruff and mypy
 # make test-oldest: tests with the oldest versions that pyproject.toml allows
 # make test-newest: the same with the newest
@@ -22,7 +23,7 @@ endif
 # In two processes, each with a thread of its own for BLAS.
 pytest = $(RUN) OPENBLAS_NUM_THREADS=1 $(1)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
-.PHONY: demo test test-all test-full lint test-oldest test-newest blas clean
+.PHONY: demo test test-all test-full test-mlx-lm lint test-oldest test-newest blas clean
 
 demo: .venv/demo blas
 	$(RUN) $(BIN)/mlx_flashhead.demo
@@ -31,10 +32,13 @@ test: .venv/test blas
 	$(call pytest,.venv)
 
 # Step by step.
-test-all: test-full
+test-all: test-full test-mlx-lm
 
 test-full: .venv/test blas
 	$(call pytest,.venv) -m ""
+
+test-mlx-lm: .venv/test blas
+	PYTHONPATH=tests $(RUN) $(BIN)/python -m mlx_lm_suite
 
 lint: .venv/lint
 	$(BIN)/ruff check

