@@ -181,7 +181,7 @@ open(sys.argv[1], "w").write(str(peak if sys.platform == "darwin" else peak * 10
 
 def converted(gguf: Path, briefly: bool) -> Converted:
     """A GGUF file, converted. Reading the calibration text takes most of the time:
-    ``briefly``, it is the beginnings of a quarter of the documents."""
+    ``briefly``, it is the beginnings of half of the documents."""
     way = "briefly" if briefly else "default"
     folder = _kept(
         f"{gguf.stem}-flashhead-{VERSION}.{FORMAT_VERSION}-{way}",
@@ -197,7 +197,7 @@ def _convert(gguf: Path, made: Path, briefly: bool) -> None:
     command += ["--gguf-path", str(gguf), "--mlx-path", str(made / "model")]
     if briefly:
         text = made / "calibration.jsonl"
-        documents = [{"text": d[:300]} for d in collect.read_documents(None)[::4]]
+        documents = [{"text": d[:200]} for d in collect.read_documents(None)[::2]]
         text.write_text("".join(json.dumps(d) + "\n" for d in documents))
         command += ["--calibration-data", str(text)]
     done = subprocess.run(command, capture_output=True, text=True)
