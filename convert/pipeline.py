@@ -470,14 +470,14 @@ def _quantize_body(
     """``mlx_lm.convert -q``, but for the head, which has bits of its own."""
     group_size, bits, mode = body
     head_group_size, head_bits = head
-    theirs = getattr(model, "quant_predicate", None)
+    own = getattr(model, "quant_predicate", None)
 
     def predicate(name: str, module: nn.Module) -> bool | dict[str, Any]:
         if name == path:
             if head_bits >= 16:
                 return False
             return {"group_size": head_group_size, "bits": head_bits, "mode": "affine"}
-        return theirs(name, module) if theirs is not None else True
+        return own(name, module) if own is not None else True
 
     try:
         # mlx-lm prints; standard output is the report's.

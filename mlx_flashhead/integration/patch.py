@@ -184,10 +184,10 @@ def check() -> None:
             function = find()
         except AttributeError as e:
             raise refuse(str(e)) from None
-        found = list(inspect.signature(function).parameters)
+        signature = list(inspect.signature(function).parameters)
         code = getattr(function, "__code__", None)
         missing = names - set(code.co_names if code else ())
-        if found[: len(parameters)] != parameters or missing:
+        if signature[: len(parameters)] != parameters or missing:
             raise refuse(f"{function.__qualname__} has changed")
     try:
         samplers.check()
