@@ -67,7 +67,7 @@ next(
 
 
 @click.pass_context
-def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> None:
+def _run(ctx: click.Context, /, **params: Any) -> None:
     """Generate text with a converted model.
 
     Takes what mlx_lm.generate takes. Without --model, uses the demo model, Gemma 3
@@ -89,7 +89,8 @@ def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> 
         before = sys.argv
         sys.argv = ["mlx_flashhead.generate", *argv]
         try:
-            with acceptance() as drafts, patched(n_probes=n_probes, dense=dense):
+            options = {str(o.name): params[str(o.name)] for o in OPTIONS}
+            with acceptance() as drafts, patched(**options):
                 mlx_lm_main()
         finally:
             sys.argv = before
