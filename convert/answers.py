@@ -100,9 +100,9 @@ def states(
                 continue
             logits = model(last, cache=cache)[:, -1].astype(mx.float32)
             last = mx.random.categorical(logits, key=key)[:, None]
-            given = states.pop()[:, -1].astype(mx.float32)
-            mx.eval(last, given)
-            kept.append(finite(np.array(given)[writing]))
+            last_states = states.pop()[:, -1].astype(mx.float32)
+            mx.eval(last, last_states)
+            kept.append(finite(np.array(last_states)[writing]))
             writing &= ~np.isin(np.array(last)[:, 0], list(stop_tokens))
             step()
     return np.concatenate(kept)

@@ -64,10 +64,10 @@ def calibrate(
     head = _with(head, spread, excess, (0.0,) * len(TEMPERATURES))
     sample = states[:: max(1, len(states) // N_TAIL)]
     with progress("Calibration: tail", n_blocks(head, len(sample))) as step:
-        found = measure(
+        fidelity = measure(
             head, weight, sample, bias=bias, temperatures=TEMPERATURES, step=step
         )
-    offsets = tuple(found.at[t].fit_shift() for t in TEMPERATURES)
+    offsets = tuple(fidelity.at[t].fit_shift() for t in TEMPERATURES)
     return _with(head, spread, excess, offsets)
 
 

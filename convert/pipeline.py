@@ -436,9 +436,23 @@ def _states(
     documents: list[str],
     progress: Progress,
 ) -> collect.States:
-    """Calibration states; the model that makes them is in memory only here."""
+    """Calibration states; the model that makes them is in memory only here.
+
+    Raises:
+        ConvertError: The model's code does not run on the text.
+    """
     model = source.load_for_calibration()
-    return collect.collect(model, tokenizer, path, documents, progress=progress)
+    try:
+        return collect.collect(model, tokenizer, path, documents, progress=progress)
+    except (ValueError, MemoryError):
+        raise
+    # Whatever the code of a model raises.
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200]
+        raise ConvertError(
+            f"the model {type(model).__module__} does not run on the calibration text: "
+            f"{type(e).__name__}: {reason}; use a model that mlx_lm.generate runs"
+        ) from e
 
 
 def _check_finite(table: Table, path: str) -> None:
@@ -470,14 +484,14 @@ def _quantize_body(
     """``mlx_lm.convert -q``, but for the head, which has bits of its own."""
     group_size, bits, mode = body
     head_group_size, head_bits = head
-    theirs = getattr(model, "quant_predicate", None)
+    own = getattr(model, "quant_predicate", None)
 
     def predicate(name: str, module: nn.Module) -> bool | dict[str, Any]:
         if name == path:
             if head_bits >= 16:
                 return False
             return {"group_size": head_group_size, "bits": head_bits, "mode": "affine"}
-        return theirs(name, module) if theirs is not None else True
+        return own(name, module) if own is not None else True
 
     try:
         # mlx-lm prints; standard output is the report's.

@@ -159,8 +159,8 @@ def write_card(
         calibration=section.calibration,
         head_sha256=section.head_sha256,
     )
-    made = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-    made.save(folder / "README.md")
+    model_card = ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    model_card.save(folder / "README.md")
 
 
 def check_upload(repo: str) -> None:

@@ -3,6 +3,7 @@ arXiv 2603.14591): more tokens per second with the model's own answers."""
 
 from .head import Candidates, FlashHead
 from .integration.decode import Acceptance, acceptance
+from .integration.exact import Verification, verification
 from .integration.locate import flash_heads
 from .integration.patch import patch, patch_decoding, patched, unpatch
 from .load import load
@@ -12,6 +13,7 @@ __all__ = [
     "Acceptance",
     "Candidates",
     "FlashHead",
+    "Verification",
     "acceptance",
     "flash_heads",
     "load",
@@ -19,4 +21,5 @@ __all__ = [
     "patch_decoding",
     "patched",
     "unpatch",
+    "verification",
 ]

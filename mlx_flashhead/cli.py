@@ -22,6 +22,16 @@ def one_line_errors() -> Iterator[None]:
         raise click.ClickException(reason[:600]) from e
 
 
+def check_exists(option: str, path: str | None) -> None:
+    """Raise ValueError for what is neither on this machine nor a hub id's form."""
+    if path is None or Path(path).exists():
+        return
+    if option == "adapter_path" or path.count("/") != 1 or path[0] in "./~":
+        flag = f"--{option.replace('_', '-')}"
+        hint = "" if option == "adapter_path" else " and no Hugging Face id"
+        raise ValueError(f"{flag} {path}: no such folder{hint}")
+
+
 def check_outputs(paths: Mapping[str, str | None]) -> None:
     """Raise ValueError now for what could not be written after minutes.
 

@@ -60,10 +60,10 @@ def compare(folder: str | Path, prompt: str, max_tokens: int) -> None:
     click.echo(
         f"\nFlashHead ran at {flash_tps / dense_tps:.2f} times the dense head's speed."
     )
-    if found := section.measured:
+    if measured := section.measured:
         click.echo(
-            f"Recall {100 * found.recall:.2f} % and KL {found.kl:.4f} nats on "
-            f"{found.held_out_tokens:,} held-out tokens, as measured when "
+            f"Recall {100 * measured.recall:.2f} % and KL {measured.kl:.4f} nats on "
+            f"{measured.held_out_tokens:,} held-out tokens, as measured when "
             f"{folder} was converted."
         )
 

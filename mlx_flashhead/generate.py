@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import click
@@ -17,7 +16,7 @@ from mlx_lm.generate import main as mlx_lm_main
 from mlx_lm.generate import setup_arg_parser
 
 from . import demo_model
-from .cli import one_line_errors
+from .cli import check_exists, one_line_errors
 from .compute.device import blas_hint
 from .integration.decode import acceptance
 from .integration.patch import patched
@@ -44,7 +43,7 @@ def options_of(parser: argparse.ArgumentParser) -> list[click.Option]:
     return options
 
 
-def given(ctx: click.Context, params: list[click.Option]) -> list[str]:
+def words_given(ctx: click.Context, params: list[click.Option]) -> list[str]:
     """The command line's words for those options that the user gave."""
     words: list[str] = []
     for param in params:
@@ -61,24 +60,14 @@ def given(ctx: click.Context, params: list[click.Option]) -> list[str]:
     return words
 
 
-_theirs = options_of(setup_arg_parser())
+_mlx_lm_options = options_of(setup_arg_parser())
 next(
-    o for o in _theirs if o.name == "model"
+    o for o in _mlx_lm_options if o.name == "model"
 ).help = "A converted folder, or a Hugging Face id.  [default: the demo model]"
 
 
-def _check_exists(option: str, path: str | None) -> None:
-    """Raise ValueError for what is neither on this machine nor a hub id's form."""
-    if path is None or Path(path).exists():
-        return
-    if option == "adapter_path" or path.count("/") != 1 or path[0] in "./~":
-        flag = f"--{option.replace('_', '-')}"
-        hint = "" if option == "adapter_path" else " and no Hugging Face id"
-        raise ValueError(f"{flag} {path}: no such folder{hint}")
-
-
 @click.pass_context
-def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> None:
+def _run(ctx: click.Context, /, **params: Any) -> None:
     """Generate text with a converted model.
 
     Takes what mlx_lm.generate takes. Without --model, uses the demo model, Gemma 3
@@ -87,9 +76,9 @@ def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> 
     if message := blas_hint():
         click.echo(message, err=True)
     with one_line_errors():
-        argv = given(ctx, _theirs)
+        argv = words_given(ctx, _mlx_lm_options)
         for option in ("model", "draft_model", "adapter_path"):
-            _check_exists(option, ctx.params.get(option))
+            check_exists(option, ctx.params.get(option))
         if (
             ctx.params.get("model") is None
             and ctx.params.get("prompt_cache_file") is None
@@ -100,7 +89,8 @@ def _run(ctx: click.Context, /, n_probes: int | None, dense: bool, **_: Any) -> 
         before = sys.argv
         sys.argv = ["mlx_flashhead.generate", *argv]
         try:
-            with acceptance() as drafts, patched(n_probes=n_probes, dense=dense):
+            options = {str(o.name): params[str(o.name)] for o in OPTIONS}
+            with acceptance() as drafts, patched(**options):
                 mlx_lm_main()
         finally:
             sys.argv = before
@@ -117,7 +107,7 @@ main = click.Command(
     callback=_run,
     help=_run.__doc__,
     context_settings={"help_option_names": ["-h", "--help"]},
-    params=[*_theirs, *OPTIONS],
+    params=[*_mlx_lm_options, *OPTIONS],
 )
 
 if __name__ == "__main__":

@@ -23,6 +23,17 @@ OPTIONS = [
         "  [default: the converted number]",
     ),
     click.Option(["--dense"], is_flag=True, help="Use the dense head."),
+    click.Option(
+        ["--exact/--approximate"],
+        default=False,
+        help="Verify what FlashHead drafts with the dense head: the tokens are the "
+        "model's own.  [default: approximate]",
+    ),
+    click.Option(
+        ["--verify-every"],
+        type=click.IntRange(min=1),
+        help="Tokens that --exact verifies at once.  [default: 16]",
+    ),
 ]
 
 

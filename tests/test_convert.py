@@ -477,3 +477,28 @@ def test_nothing_of_the_model_stays_patched(untied_source, tmp_path):
     make(untied_source, tmp_path / "made")
     again, _ = mlx_lm.load(str(untied_source))
     assert dict(tree_flatten(again.parameters())).keys() == names
+
+
+def test_what_a_models_code_raises_is_said_in_one_line(
+    untied_source, tmp_path, monkeypatch
+):
+    def fails(*args, **options):
+        raise TypeError("no such\ncache")
+
+    monkeypatch.setattr(collect.answers, "states", fails)
+    target = tmp_path / "c"
+    with pytest.raises(pipeline.ConvertError, match="TypeError: no such cache; use"):
+        convert(str(untied_source), target, verbose=False)
+    assert not target.exists()
+
+
+def test_a_model_that_reads_its_layers_attributes_is_converted(tmp_path):
+    """Gemma 3n reads and writes those of linear layers, and has an embedding more."""
+    source = small_models.write("gemma3n", tmp_path / "source", 603)
+    convert(str(source), tmp_path / "c", cluster_size=8, n_probes=40, verbose=False)
+    model, tokenizer = load(tmp_path / "c")
+    dense, _ = load(tmp_path / "c", dense=True)
+    next(flash_heads(model)).n_probes = 76
+    tokens = mx.array([tokenizer.encode("The quick brown fox")])
+    got, wanted = model(tokens), dense(tokens)
+    assert mx.allclose(got, wanted, atol=0.2) and not mx.allclose(got, got * 0)

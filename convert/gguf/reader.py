@@ -135,7 +135,7 @@ def _alignment(metadata: Metadata) -> int:
 
 def _read_tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, Tensor]:
     """The tensor directory, each entry checked to lie inside the file."""
-    found = []
+    infos = []
     for _ in range(count):
         name = cursor.string("tensor list", _MAX_NAME)
         dimensions = cursor.uint(4, "tensor list")
@@ -144,10 +144,10 @@ def _read_tensors(cursor: Cursor, count: int, alignment: int) -> dict[str, Tenso
             raise error(cursor.path, problem)
         shape = tuple(cursor.uint(8, "tensor list") for _ in range(dimensions))
         kind = cursor.uint(4, "tensor list")
-        found.append((name, shape[::-1], kind, cursor.uint(8, "tensor list")))
+        infos.append((name, shape[::-1], kind, cursor.uint(8, "tensor list")))
     start = -(-cursor.at // alignment) * alignment
     tensors: dict[str, Tensor] = {}
-    for name, shape, kind, offset in found:
+    for name, shape, kind, offset in infos:
         if name in tensors:
             raise error(cursor.path, f"it has {quote(name)} twice")
         if offset % alignment:

@@ -63,19 +63,19 @@ def warnings(ask: Ask = ask, before: bool = True) -> list[str]:
         before: Whether the measurements are still to come: afterwards the load is
             their own.
     """
-    found = []
+    conditions = []
     if find_spec("psutil") is not None:
         import psutil
 
-        found += _battery(psutil)
-        found += _load(psutil) if before else []
+        conditions += _battery(psutil)
+        conditions += _load(psutil) if before else []
     if platform.system() == "Darwin":
-        found += _mac(ask)
+        conditions += _mac(ask)
     if find_spec("pynvml") is not None:
         import pynvml
 
-        found += _nvidia(pynvml)
-    return found
+        conditions += _nvidia(pynvml)
+    return conditions
 
 
 def _battery(psutil: ModuleType) -> list[str]:
@@ -95,21 +95,23 @@ def _load(psutil: ModuleType) -> list[str]:
 
 
 def _mac(ask: Ask) -> list[str]:
-    found = []
+    conditions = []
     therm = ask(["pmset", "-g", "therm"])
     limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", therm)
     if limit and int(limit[1]) < 100:
-        found.append(f"thermal pressure: the CPU is held to {limit[1]} % of its speed")
+        conditions.append(
+            f"thermal pressure: the CPU is held to {limit[1]} % of its speed"
+        )
     level = re.search(r"thermal warning level:?\s*(?:=\s*)?(\d+)", therm, re.I)
     if level and int(level[1]) > 0:
-        found.append(f"thermal pressure: warning level {level[1]}")
+        conditions.append(f"thermal pressure: warning level {level[1]}")
     if re.search(r"\b(low)?powermode\s+1\b", ask(["pmset", "-g"])):
-        found.append("low power mode is on")
-    return found
+        conditions.append("low power mode is on")
+    return conditions
 
 
 def _nvidia(pynvml: ModuleType) -> list[str]:
-    found = []
+    conditions = []
     try:
         pynvml.nvmlInit()
         for i in range(pynvml.nvmlDeviceGetCount()):
@@ -118,7 +120,7 @@ def _nvidia(pynvml: ModuleType) -> list[str]:
             bits = {n: getattr(pynvml, f"nvmlClocksEventReason{n}") for n in _SLOWED}
             why = [text for n, text in _SLOWED.items() if reasons & bits[n]]
             if why:
-                found.append(f"GPU {i} is slowed: {', '.join(why)}")
+                conditions.append(f"GPU {i} is slowed: {', '.join(why)}")
     except pynvml.NVMLError:  # there is no GPU, or its driver does not tell
         pass
-    return found
+    return conditions

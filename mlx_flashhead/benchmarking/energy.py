@@ -94,13 +94,13 @@ def source() -> tuple[str, Callable[[], Counter]] | None:
 
 
 @contextmanager
-def meter(wanted: bool = True) -> Iterator[Meter]:
+def meter(enabled: bool = True) -> Iterator[Meter]:
     """A meter that runs within the ``with`` block, where energy can be told."""
-    found = source() if wanted else None
-    if found is None:
+    available = source() if enabled else None
+    if available is None:
         yield Meter("Energy: left out; this system does not tell it.")
         return
-    name, opened = found
+    name, opened = available
     try:
         counter = opened()
         counter()

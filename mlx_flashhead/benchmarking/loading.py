@@ -65,19 +65,19 @@ def in_turn(
     Raises:
         RuntimeError: A folder does not open.
     """
-    found: dict[tuple[str, str], list[Opening]] = {
+    openings: dict[tuple[str, str], list[Opening]] = {
         (f, w): [] for f in folders for w in ways
     }
     for repeat in range(repeats + 1):
-        for folder, way in found:
+        for folder, way in openings:
             command = [sys.executable, "-m", __name__, folder, way]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 last = done.stderr.strip().splitlines()[-1:]
                 raise RuntimeError(f"{folder} does not open: {' '.join(last)}")
             if repeat:
-                found[folder, way].append(json.loads(done.stdout.splitlines()[-1]))
-    return found
+                openings[folder, way].append(json.loads(done.stdout.splitlines()[-1]))
+    return openings
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def markdown_table(table: Sequence[Sequence[str]], left: int = 1) -> str:
 
 def machine() -> Machine:
     """Device, operating system and versions."""
-    found = doctor.report(run=False)
+    environment = doctor.report(run=False)
     mac = platform.system() == "Darwin"
     if mac:
         cpu = ask(["sysctl", "-n", "machdep.cpu.brand_string"]).strip()
@@ -123,12 +123,12 @@ def machine() -> Machine:
     device = mx.device_info(mx.default_device())
     memory = device.get("memory_size") or device.get("total_memory")
     return {
-        "device": found["device"] if on_gpu() else cpu,
+        "device": environment["device"] if on_gpu() else cpu,
         "cpu": cpu,
         "memory_bytes": None if memory is None else int(memory),
-        "backend": found["backend"] if on_gpu() else "CPU",
+        "backend": environment["backend"] if on_gpu() else "CPU",
         "os": os_name,
-        "versions": found["versions"],
+        "versions": environment["versions"],
     }
 
 

@@ -25,7 +25,7 @@ from ..compute.table import Table
 from ..head import ALWAYS, FlashHead, masses
 from ..integration.locate import answering, find_head, get_module, head_table
 from .fidelity import (
-    Found,
+    HeadLogits,
     Implied,
     Logits,
     Truth,
@@ -112,10 +112,10 @@ def read_reference(name: str, head: FlashHead) -> Reference:
         model, _, _ = open_reference(name, Path(workspace)).load(None)
         path = find_head(model)
         table = head_table(get_module(model, path))
-        found = table.weight.shape[0], table.hidden_size
-        if found != (head.vocab_size, head.hidden_size):
+        other = table.weight.shape[0], table.hidden_size
+        if other != (head.vocab_size, head.hidden_size):
             raise ValueError(
-                f"--reference {name}: its head is {found[0]} x {found[1]}, the "
+                f"--reference {name}: its head is {other[0]} x {other[1]}, the "
                 f"FlashHead's {head.vocab_size} x {head.hidden_size}; name the model "
                 "that the folder was converted from"
             )
@@ -268,20 +268,20 @@ class Comparison:
 
     def _each(
         self, h: np.ndarray
-    ) -> Iterator[tuple[str, Truth, Found, np.ndarray, np.ndarray | None]]:
+    ) -> Iterator[tuple[str, Truth, HeadLogits, np.ndarray, np.ndarray | None]]:
         """Name, reference, head, what is probed and estimated log-masses, of each head
         for states ``[n, D]``."""
         truth = Truth(self._reference(h))
         everything = np.ones((len(h), self._head.n_clusters), bool)
         for name, logits in self._dense.items():
-            yield name, truth, Found(logits(h)), everything, None
-        found = Found(self._stored(h))
+            yield name, truth, HeadLogits(logits(h)), everything, None
+        other = HeadLogits(self._stored(h))
         scores = self._centroid_logits(h)
         log_masses = np.array(masses.log_masses(self._head, scores))
         for name, p in self._flash.items():
             probes = self._head.select(scores, p)
             probed = probed_clusters(probes, self._head.n_clusters)
-            yield name, truth, found, probed, log_masses
+            yield name, truth, other, probed, log_masses
 
     def _blocks(self, states: np.ndarray) -> Iterator[slice]:
         return blocks(len(states), len(self._order))
@@ -299,12 +299,12 @@ class Comparison:
             positions = np.array(self._head.positions[mx.array(tokens[s], mx.uint32)])
             positions = positions.astype(np.int64)
             log_p = 0.0
-            for name, truth, found, probed, log_masses in self._each(h):
-                implied = Implied(truth, found, probed, log_masses)
+            for name, truth, other, probed, log_masses in self._each(h):
+                implied = Implied(truth, other, probed, log_masses)
                 values = {
                     "recall": truth.recall(probed),
                     "top10_recall": truth.top_recall(probed),
-                    "agreement": found.best(probed) == truth.best,
+                    "agreement": other.best(probed) == truth.best,
                     "probed_mass": implied.probed_mass,
                     "kl": implied.kl(),
                     "total_variation": implied.total_variation(),
@@ -320,16 +320,16 @@ class Comparison:
         """The greedy choice of each head on states ``[n, D]``."""
         parts: dict[str, list[Choices]] = {}
         for s in self._blocks(states):
-            for name, truth, found, probed, _ in self._each(states[s]):
-                best = found.best(probed)
+            for name, truth, other, probed, _ in self._each(states[s]):
+                best = other.best(probed)
                 choices = Choices(best == truth.best, truth.gap(best))
                 parts.setdefault(name, []).append(choices)
         return {
             name: Choices(
-                np.concatenate([c.agree for c in found]),
-                np.concatenate([c.gap for c in found]),
+                np.concatenate([c.agree for c in other]),
+                np.concatenate([c.gap for c in other]),
             )
-            for name, found in parts.items()
+            for name, other in parts.items()
         }
 
     def best(self, state: np.ndarray) -> int:

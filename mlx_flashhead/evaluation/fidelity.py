@@ -126,13 +126,13 @@ def measure(
     for s in blocks(len(states), len(order)):
         h = states[s]
         true, own, scores = reference(h), stored(h), of_centroids(h)
-        plain = Truth(true), Found(own)
+        plain = Truth(true), HeadLogits(own)
         probed = probed_clusters(head.select(scores), head.n_clusters)
         parts.append((plain[0].recall(probed), plain[1].best(probed) == plain[0].best))
         for t in by_temperature:
-            truth, found = plain if t == 1 else (Truth(true / t), Found(own / t))
+            truth, other = plain if t == 1 else (Truth(true / t), HeadLogits(own / t))
             log_masses = np.array(masses.log_masses(head, scores, t))
-            implied = Implied(truth, found, probed, log_masses)
+            implied = Implied(truth, other, probed, log_masses)
             row = [implied.probed_mass, *implied.kl_terms]
             if details:
                 row += [implied.total_variation(), implied.equal_shares()]
@@ -280,7 +280,7 @@ class Truth:
         return np.take_along_axis(probed, self._top_clusters, axis=1).mean(-1)
 
 
-class Found:
+class HeadLogits:
     """What another head makes of the same states, everything scored.
 
     Attributes:
@@ -317,7 +317,7 @@ class Implied:
     """The distribution that sampling implies, beside the reference's.
 
     Args:
-        truth, found: What the heads make of the states.
+        truth, other: What the heads make of the states.
         probed: bool ``[n, C]``.
         masses: Estimated log-masses of the clusters, ``[n, C]``; not used where
           everything is probed.
@@ -330,12 +330,12 @@ class Implied:
     def __init__(
         self,
         truth: Truth,
-        found: Found,
+        other: HeadLogits,
         probed: np.ndarray,
         masses: np.ndarray | None = None,
     ):
-        self._truth, self._found, self._probed = truth, found, probed
-        own = found.log_masses
+        self._truth, self._logits_of_head, self._probed = truth, other, probed
+        own = other.log_masses
         tail = own if masses is None else masses
         # What lifts an unprobed cluster's own logits to its estimated mass.
         self._lift = np.where(probed, 0, tail - own)
@@ -351,7 +351,7 @@ class Implied:
     @cached_property
     def kl_terms(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         truth = self._truth
-        gap = truth.logits - self._found.logits
+        gap = truth.logits - self._logits_of_head.logits
         a = _inner(truth.p, gap).sum(-1, dtype=np.float64)
         a -= np.sum(truth.cluster_p * self._lift, -1) + truth.log_z
         return a, self._log_probed, self._log_tail
@@ -362,24 +362,24 @@ class Implied:
 
     def total_variation(self) -> np.ndarray:
         """``sum |p - q| / 2``, ``[n]``."""
-        weight = self._found.top + self._lift - self.log_z[:, None]
-        shares = self._found.shares
+        weight = self._logits_of_head.top + self._lift - self.log_z[:, None]
+        shares = self._logits_of_head.shares
         q = shares * _like(shares, np.exp(weight).astype(np.float32)[..., None])
         return np.asarray(_sums(_abs(q - self._truth.p)), np.float64) / 2
 
     def log_q(self, positions: np.ndarray) -> np.ndarray:
         """Log-probability of one token each, given where it stands in cluster order,
         ``[n]``."""
-        clusters = positions // self._found.logits.shape[-1]
+        clusters = positions // self._logits_of_head.logits.shape[-1]
         lift = np.take_along_axis(self._lift, clusters[:, None], axis=1)[:, 0]
-        return _at(self._found.logits, positions) + lift - self.log_z
+        return _at(self._logits_of_head.logits, positions) + lift - self.log_z
 
     def equal_shares(self) -> np.ndarray:
         """See :class:`Distribution`."""
-        found, truth = self._found, self._truth
+        other, truth = self._logits_of_head, self._truth
         sizes = (np.asarray(truth.logits[0]) > PADDING / 2).sum(-1)
-        expected = _inner(truth.p, found.logits)
-        equal = expected - truth.cluster_p * (found.log_masses - np.log(sizes))
+        expected = _inner(truth.p, other.logits)
+        equal = expected - truth.cluster_p * (other.log_masses - np.log(sizes))
         return np.sum(equal, -1, where=~self._probed)
 
 

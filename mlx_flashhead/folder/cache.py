@@ -71,9 +71,9 @@ def file_sha256(file: Path) -> str:
 
 
 def _state(files: Sequence[Path]) -> list[list[int]]:
-    found = [os.stat(file) for file in files]
+    states = [os.stat(file) for file in files]
     return [
-        [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in found
+        [s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for s in states
     ]
 
 

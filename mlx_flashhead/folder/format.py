@@ -192,13 +192,13 @@ def _check_tensors(tensors: dict[str, mx.array], section: Section) -> None:
     _require(not unknown, f"unknown tensor {unknown[:1]}")
     for name, (shape, kind) in expected.items():
         _require(name in tensors, f"{name} is missing")
-        found = tensors[name]
-        fits = found.shape == shape and mx.issubdtype(found.dtype, kind)
-        wanted = str(kind).split(".")[-1]
+        tensor = tensors[name]
+        fits = tensor.shape == shape and mx.issubdtype(tensor.dtype, kind)
+        dtype = str(kind).split(".")[-1]
         _require(
             fits,
-            f"{name} should be {wanted} {list(shape)}, "
-            f"found {found.dtype} {list(found.shape)}",
+            f"{name} should be {dtype} {list(shape)}, "
+            f"found {tensor.dtype} {list(tensor.shape)}",
         )
     v, ids = section.vocab_size, np.array(tensors["token_ids"]).reshape(-1)
     tokens, padding = ids[:v], ids[v:]

@@ -203,9 +203,9 @@ def _check(values: Mapping[str, Any]) -> None:
     _require(values["n_probes"] <= c, f"n_probes is {values['n_probes']}")
     _require(isinstance(values.get("head_path"), str), "head_path is no name")
     for key in ("temperatures", "tail_offset"):
-        found: Any = values.get(key)
-        real = isinstance(found, list) and all(map(_is_real, found))
-        _require(real and 1 <= len(found) <= 64, f"{key} is {found!r:.80}")
+        value: Any = values.get(key)
+        real = isinstance(value, list) and all(map(_is_real, value))
+        _require(real and 1 <= len(value) <= 64, f"{key} is {value!r:.80}")
     temperatures, offsets = values["temperatures"], values["tail_offset"]
     _require(
         min(temperatures) > 0 and sorted(set(temperatures))[::-1] == temperatures,
@@ -221,14 +221,14 @@ def _check(values: Mapping[str, Any]) -> None:
         known = (dense or packed) and form.get("mode") == "affine"
         _require(known, f"{name} has an unknown form {form!r:.80}")
     for key in ("head_sha256", "recipe", "calibration", "clusters"):
-        found = values.get(key, "")
-        _require(isinstance(found, str), f"{key} is {found!r:.80}")
+        value = values.get(key, "")
+        _require(isinstance(value, str), f"{key} is {value!r:.80}")
     _require(_is_real(values.get("seed", 0)), f"seed is {values.get('seed')!r:.80}")
     if "measured" in values:
-        found = values["measured"]
+        value = values["measured"]
         names = [f.name for f in fields(Measured)]
-        whole = isinstance(found, dict) and all(_is_real(found.get(n)) for n in names)
-        _require(whole, f"measured is {found!r:.80}")
+        whole = isinstance(value, dict) and all(_is_real(value.get(n)) for n in names)
+        _require(whole, f"measured is {value!r:.80}")
     _require(_is_listing(values.get("files", {})), "files does not list weight files")
 
 

@@ -182,17 +182,17 @@ def answering(
 def find_transform(model: nn.Module, path: str) -> Transform | None:
     """What the model does to the logits of its head at ``path``, found by giving it
     known ones; ``None`` if it is nothing that :class:`Transform` can say."""
-    known = np.concatenate([np.linspace(1e-2, 80, 255), [1e6]])
-    values = mx.array(known, mx.float32)
+    ramp = np.concatenate([np.linspace(1e-2, 80, 255), [1e6]])
+    values = mx.array(ramp, mx.float32)
 
     def answer(x: mx.array) -> mx.array:
-        return mx.broadcast_to(values, (*x.shape[:-1], known.size))
+        return mx.broadcast_to(values, (*x.shape[:-1], ramp.size))
 
     with answering(model, path, answer):
-        made = _run(model, mx.array([[0, 1]]))
-    if made.ndim != 3 or made.shape[-1] != known.size:
+        logits = _run(model, mx.array([[0, 1]]))
+    if logits.ndim != 3 or logits.shape[-1] != ramp.size:
         return None
-    return Transform.fit(known, np.array(made[0, -1].astype(mx.float32), np.float64))
+    return Transform.fit(ramp, np.array(logits[0, -1].astype(mx.float32), np.float64))
 
 
 def place(model: nn.Module, path: str, head: FlashHead) -> nn.Module:

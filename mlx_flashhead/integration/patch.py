@@ -37,7 +37,13 @@ class PatchError(RuntimeError):
     """The installed mlx-lm is not one that this package knows."""
 
 
-def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
+def patch(
+    *,
+    n_probes: int | None = None,
+    dense: bool = False,
+    exact: bool = False,
+    verify_every: int | None = None,
+) -> None:
     """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
     decoding (``generate``, ``stream_generate``, ``batch_generate``, the server, ...)
     draw among its candidates. Other models load and decode as before. The order of
@@ -52,6 +58,9 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
         n_probes: Clusters probed per decoded token, instead of the stored number.
         dense: Keep the dense head; the rest is as with a FlashHead. So does
           ``MLX_FLASHHEAD=0`` in the environment, read at each load.
+        exact: Draft with the FlashHead and verify with the dense head: the tokens are
+          the model's own.
+        verify_every: Tokens that are verified at once where it is exact.
 
     Raises:
         PatchError: The installed mlx-lm is not as expected. mlx-lm is as it came then.
@@ -59,7 +68,12 @@ def patch(*, n_probes: int | None = None, dense: bool = False) -> None:
     global _options
     unpatch()
     patch_decoding()
-    _options = {"n_probes": n_probes, "dense": dense}
+    _options = {
+        "n_probes": n_probes,
+        "dense": dense,
+        "exact": exact,
+        "verify_every": verify_every,
+    }
 
     def load_model(stock: Any, *args: Any, **kwargs: Any) -> Any:
         options: dict[str, Any] = {**kwargs, **(_options or {})}
@@ -184,10 +198,10 @@ def check() -> None:
             function = find()
         except AttributeError as e:
             raise refuse(str(e)) from None
-        found = list(inspect.signature(function).parameters)
+        signature = list(inspect.signature(function).parameters)
         code = getattr(function, "__code__", None)
         missing = names - set(code.co_names if code else ())
-        if found[: len(parameters)] != parameters or missing:
+        if signature[: len(parameters)] != parameters or missing:
             raise refuse(f"{function.__qualname__} has changed")
     try:
         samplers.check()
@@ -210,23 +224,23 @@ def unpatch() -> None:
 
 
 @contextlib.contextmanager
-def patched(*, n_probes: int | None = None, dense: bool = False) -> Iterator[None]:
+def patched(**options: Any) -> Iterator[None]:
     """:func:`patch` for the length of a ``with`` block; afterwards mlx-lm is patched as
     it was before.
 
     Args:
-        n_probes, dense: As for :func:`patch`.
+        options: As for :func:`patch`.
 
     Raises:
         PatchError: As for :func:`patch`.
     """
-    options, decoding = _options, bool(_decoding)
-    patch(n_probes=n_probes, dense=dense)
+    before, decoding = _options, bool(_decoding)
+    patch(**options)
     try:
         yield
     finally:
         unpatch()
-        if options is not None:
-            patch(**options)
+        if before is not None:
+            patch(**before)
         elif decoding:
             patch_decoding()

@@ -45,18 +45,18 @@ def read_sampler(sampler: Any) -> Settings | None:
     greedy; ``None`` for any other function."""
     if sampler is None or sampler is getattr(sample_utils, "greedy_sampler", None):
         return Settings()
-    found = _closure(sampler, "make_sampler.<locals>.sampler")
-    if found is None or set(found) != {"sampling_methods", "temp"}:
+    variables = _closure(sampler, "make_sampler.<locals>.sampler")
+    if variables is None or set(variables) != {"sampling_methods", "temp"}:
         return None
-    settings: dict[str, Any] = {"temp": found["temp"]}
+    settings: dict[str, Any] = {"temp": variables["temp"]}
     order = []
-    for method in found["sampling_methods"]:
-        given = _closure(method, "make_sampler.<locals>.<lambda>")
-        called = _METHODS.get(tuple(sorted(given or ())))
-        if not given or called not in method.__code__.co_names:
+    for method in variables["sampling_methods"]:
+        arguments = _closure(method, "make_sampler.<locals>.<lambda>")
+        called = _METHODS.get(tuple(sorted(arguments or ())))
+        if not arguments or called not in method.__code__.co_names:
             return None
         order.append(called)
-        settings.update(given)
+        settings.update(arguments)
     if order != [m for m in _METHODS.values() if m in order]:
         return None
     settings["xtc_special_tokens"] = tuple(settings.get("xtc_special_tokens", ()))
@@ -105,19 +105,20 @@ def read_processors(
 
 def _read_processor(processor: Any, vocab_size: int) -> Processor | None:
     name = "make_logits_processors.<locals>.logit_bias_processor"
-    found = _closure(processor, name)
-    if found is not None:
-        if set(found) != {"indices", "values"}:
+    variables = _closure(processor, name)
+    if variables is not None:
+        if set(variables) != {"indices", "values"}:
             return None
-        if not all(0 <= token < vocab_size for token in found["indices"].tolist()):
+        if not all(0 <= token < vocab_size for token in variables["indices"].tolist()):
             return None
-        return Bias(found["indices"], found["values"])
+        return Bias(variables["indices"], variables["values"])
     for kind in _PENALTIES:
         name = f"make_{kind}_penalty.<locals>.{kind}_penalty_processor"
-        found = _closure(processor, name)
-        if found is not None:
-            size = found.get("context_size")
-            if set(found) != {"penalty", "context_size"} or not isinstance(size, int):
+        variables = _closure(processor, name)
+        if variables is not None:
+            size = variables.get("context_size")
+            names = {"penalty", "context_size"}
+            if set(variables) != names or not isinstance(size, int):
                 return None
             return Penalty(size, processor) if size > 0 else None
     return None
@@ -125,15 +126,15 @@ def _read_processor(processor: Any, vocab_size: int) -> Processor | None:
 
 def check() -> None:
     """Raise ValueError unless the installed mlx-lm's samplers can be read."""
-    asked = Settings(0.7, 0.9, 0.05, 2, 40, 0.3, 0.2, (1, 2))
-    given = {f.name: getattr(asked, f.name) for f in fields(Settings)}
-    given["xtc_special_tokens"] = [1, 2]
-    if read_sampler(sample_utils.make_sampler(**given)) != asked:
+    settings = Settings(0.7, 0.9, 0.05, 2, 40, 0.3, 0.2, (1, 2))
+    arguments = {f.name: getattr(settings, f.name) for f in fields(Settings)}
+    arguments["xtc_special_tokens"] = [1, 2]
+    if read_sampler(sample_utils.make_sampler(**arguments)) != settings:
         raise ValueError("make_sampler has changed")
     if read_sampler(sample_utils.make_sampler()) != Settings():
         raise ValueError("make_sampler has changed")
-    made = sample_utils.make_logits_processors({1: 2.0}, 1.1, 5, 0.1, 6, 0.2, 7)
-    read = read_processors(made, 2) or []
+    processors = sample_utils.make_logits_processors({1: 2.0}, 1.1, 5, 0.1, 6, 0.2, 7)
+    read = read_processors(processors, 2) or []
     sizes = [p.context_size for p in read if isinstance(p, Penalty)]
     if sizes != [5, 6, 7] or not isinstance(read[0], Bias):
         raise ValueError("make_logits_processors has changed")

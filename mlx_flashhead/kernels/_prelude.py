@@ -110,12 +110,12 @@ inline void clear_bins(threadgroup atomic_uint* bins, uint at) {
 }
 
 // The first bin at which the sum of the bins so far reaches target, which is at
-// least 1. found becomes {bin, sum of the bins before it, whether it was reached};
+// least 1. bin_at becomes {bin, sum of the bins before it, whether it was reached};
 // if it is not, {last bin, 0, 0}. Every thread calls it, and it holds the barriers
 // between filling the bins and clearing them again. sums has a word per simdgroup.
 template <int THREADS>
 inline void find_bin(
-    threadgroup atomic_uint* bins, threadgroup uint* sums, threadgroup uint* found,
+    threadgroup atomic_uint* bins, threadgroup uint* sums, threadgroup uint* bin_at,
     uint target, uint at, uint lane, uint group) {
     constexpr int PER = BINS / THREADS;
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -128,9 +128,9 @@ inline void find_bin(
         sums[group] = upto;
     }
     if (at == 0) {
-        found[0] = BINS - 1;
-        found[1] = 0;
-        found[2] = 0;
+        bin_at[0] = BINS - 1;
+        bin_at[1] = 0;
+        bin_at[2] = 0;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint before = simd_sum(lane < group ? sums[lane] : 0u) + upto - here;
@@ -143,9 +143,9 @@ inline void find_bin(
             }
             before += count;
         }
-        found[0] = bin;
-        found[1] = before;
-        found[2] = 1;
+        bin_at[0] = bin;
+        bin_at[1] = before;
+        bin_at[2] = 1;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 }

@@ -83,28 +83,28 @@ class Kernel:
     @cached_property
     def metal(self) -> Launch:
         """The kernel in Metal."""
-        made = mx.fast.metal_kernel(
+        kernel = mx.fast.metal_kernel(
             f"flashhead_{self.name}",
             self.inputs,
             self.outputs,
             self.source,
             METAL + self.header,
         )
-        return cast(Launch, made)
+        return cast(Launch, kernel)
 
     @cached_property
     def cuda(self) -> Launch:
         """The kernel in CUDA."""
         # Metal declares threadgroup memory as it qualifies pointers to it.
         shared = re.sub(r"\bthreadgroup (\w+ \w+\[)", r"__shared__ \1", self.source)
-        made = mx.fast.cuda_kernel(
+        kernel = mx.fast.cuda_kernel(
             f"flashhead_{self.name}",
             self.inputs,
             self.outputs,
             shared,
             CUDA + self.header,
         )
-        return cast(Launch, made)
+        return cast(Launch, kernel)
 
     def __call__(
         self,

@@ -100,9 +100,9 @@ def _test(kernel: str, args: tuple[Any, ...]) -> str:
 
 def describe() -> str:
     """One line: the device and the versions."""
-    found = report(run=False)
-    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
-    return f"{found['device']} ({found['backend']}), {versions}"
+    checked = report(run=False)
+    versions = ", ".join(f"{k} {v}" for k, v in checked["versions"].items())
+    return f"{checked['device']} ({checked['backend']}), {versions}"
 
 
 @click.command()
@@ -111,19 +111,19 @@ def main(as_json: bool) -> None:
     """Check the kernels on this machine and print a report."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        found = report()
+        checked = report()
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(checked, indent=2))
         return
     for key in ("device", "machine", "backend"):
-        click.echo(f"{key:10}{found[key]}")
-    for package, number in found["versions"].items():
+        click.echo(f"{key:10}{checked[key]}")
+    for package, number in checked["versions"].items():
         click.echo(f"{package:15}{number}")
-    for name, state in {**found["kernels"], **found.get("self_test", {})}.items():
+    for name, state in {**checked["kernels"], **checked.get("self_test", {})}.items():
         click.echo(f"{name:64}{state}")
-    if found["backend"] == "plain":
+    if checked["backend"] == "plain":
         click.echo("No GPU back-end: plain MLX operations do the kernels' work.")
-    elif any(not s.startswith("ok") for s in found.get("self_test", {}).values()):
+    elif any(not s.startswith("ok") for s in checked.get("self_test", {}).values()):
         raise click.ClickException("a kernel failed; plain MLX takes its place")
 
 

@@ -25,7 +25,7 @@ _SOURCE = """
 
     threadgroup atomic_uint bins[TOP_P || TOP_K ? BINS : 1];
     threadgroup uint sums[32];
-    threadgroup uint found[3];
+    threadgroup uint bin_at[3];
     threadgroup float tops[32];
     threadgroup ulong totals[32];
     threadgroup ulong inverse[1];
@@ -105,10 +105,10 @@ _SOURCE = """
                     }
                 }
             }
-            find_bin<THREADS>(bins, sums, found, remaining, tid, lane, group);
-            cut = cut << 11 | found[0];
-            remaining -= found[1];
-            tail_kept = tail_kept && found[2] == 0;
+            find_bin<THREADS>(bins, sums, bin_at, remaining, tid, lane, group);
+            cut = cut << 11 | bin_at[0];
+            remaining -= bin_at[1];
+            tail_kept = tail_kept && bin_at[2] == 0;
         }
         limit = min(limit, cut << COARSE | ((1u << COARSE) - 1));
     }

@@ -22,7 +22,7 @@ _SOURCE = """
 
     threadgroup atomic_uint bins[BINS];
     threadgroup uint sums[64];
-    threadgroup uint found[3];
+    threadgroup uint bin_at[3];
 
     // The p-th smallest key, digit by digit. The keys before it are all chosen;
     // of those equal to it, as many as remain.
@@ -44,9 +44,9 @@ _SOURCE = """
                 }
             }
         }
-        find_bin<THREADS>(bins, sums, found, remaining, tid, lane, group);
-        cut = cut << width | found[0];
-        remaining -= found[1];
+        find_bin<THREADS>(bins, sums, bin_at, remaining, tid, lane, group);
+        cut = cut << width | bin_at[0];
+        remaining -= bin_at[1];
     }
 
     // How many keys below the cut, and equal to it, lie before this simdgroup's

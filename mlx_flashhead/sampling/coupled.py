@@ -22,6 +22,7 @@ from ..head import FlashHead, masses
 from ..kernels import filters, fixed_point
 from . import processing
 from .settings import Bias, Processor, Settings
+from .steps import run
 
 # Clusters that filters look at, those with the largest logits. They contain whatever a
 # filter keeps, unless it keeps tokens below the largest logit of all other clusters.
@@ -74,6 +75,20 @@ def draft(
         processors: Logits processors that are known.
         context: The tokens so far ``[n]``, for the processors.
     """
+    if not processors:
+        return run(head, _draft, (settings,), h, key)
+    return _draft(head, settings, h, key, processors, context)
+
+
+def _draft(
+    head: FlashHead,
+    settings: Settings | None,
+    h: mx.array,
+    key: mx.array,
+    processors: list[Processor] | None = None,
+    context: mx.array | None = None,
+) -> mx.array:
+    """:func:`draft`, of arrays alone where there are no processors."""
     assert head.transform is not None
     centroid_logits = head.centroid_logits(h)
     probes = head.select(centroid_logits)[0]
