@@ -17,7 +17,6 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import real_models
-from test_real_models import convert_gguf
 
 from .expected import CHANCE, ESTIMATES, OTHER_MODEL
 
@@ -101,9 +100,7 @@ def problems(stock: Outcome, patched: Outcome) -> Iterator[str]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        made = scratch / "made"
-        made.mkdir()
-        model = convert_gguf(real_models.smollm_gguf(), made).folder
+        model = real_models.converted(real_models.smollm_gguf(), briefly=False).folder
         stand_in_for_the_hub(scratch / "hub", model)
         runs = {mode: start(mode, scratch) for mode in ("stock", "patched")}
         found: dict[str, Outcome] = {}
