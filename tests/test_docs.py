@@ -37,7 +37,7 @@ from test_clusters import publish
 from test_gguf import gguf_tensors, reference_model, write_gguf
 
 import mlx_flashhead
-from mlx_flashhead.generate import _theirs
+from mlx_flashhead.generate import _mlx_lm_options
 from mlx_flashhead.run import OPTIONS
 
 # Commands that cannot be run inside of a test: why, and what runs them instead, a file
@@ -399,7 +399,9 @@ def flags(param: click.Parameter) -> list[str]:
 def own_options(name: str) -> list[click.Option]:
     """Options of ours, not of the command of mlx-lm's that it stands for."""
     theirs = (
-        {o.name for o in _theirs} - {"model"} if name.endswith("generate") else set()
+        {o.name for o in _mlx_lm_options} - {"model"}
+        if name.endswith("generate")
+        else set()
     )
     return [
         p
@@ -436,7 +438,7 @@ def test_every_command_and_option_is_documented(name):
     assert found.keys() <= ours.keys()
     for flag in ours.keys() - found.keys():
         # Of the commands that are mlx-lm's, in the text.
-        assert flag in {f for o in OPTIONS for f in o.opts}, flag
+        assert flag in {f for o in OPTIONS for f in flags(o)}, flag
         assert flag in section.spans, f"{name} {flag} is not documented"
     shown = CliRunner().invoke(command_of(name), ["--help"]).output
     for flag in found:
