@@ -22,8 +22,7 @@ import numpy as np
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.head.masses import log_weights
-from mlx_flashhead.sampling import Settings
-from mlx_flashhead.sampling import draw as candidates
+from mlx_flashhead.sampling import Settings, draw
 
 
 class Replayed(FlashHead):
@@ -122,7 +121,7 @@ def main(path, draws, batch, temperatures, seed) -> None:
             for j in range(draws // batch):
                 key = mx.array([seed, i * draws + j], dtype=mx.uint32)
                 x = mx.zeros((batch, 32))
-                found = candidates.draw(head, Settings(temp=t), x, key)
+                found = draw(head, Settings(temp=t), x, key)
                 counts += np.bincount(np.array(found.tokens), minlength=len(counts))
             order = tables["token_ids"].reshape(-1)
             real = order < head.vocab_size

@@ -28,7 +28,7 @@ from mlx_flashhead.benchmarking.latency import chain, copy_bandwidth, dense_samp
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.sampling import Settings
-from mlx_flashhead.sampling import draw as candidates
+from mlx_flashhead.sampling.draw import _draw
 
 # vocab_size, hidden_size
 MODELS = {
@@ -106,7 +106,7 @@ def measure(
             excess=mx.zeros((1, C)),
             n_probes=p,
         )
-        return lambda h, key: candidates._draw(head, settings, h, key)[0]
+        return lambda h, key: _draw(head, settings, h, key)[0]
 
     def parts(h, key, last):
         """The kernels' step up to one of its launches."""
