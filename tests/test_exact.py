@@ -393,7 +393,8 @@ def test_a_verification_that_accepts_everything_is_caught(untied_folder, monkeyp
 
     def careless(self, logits, drafts, context):
         last = coupled.draw(self.head, Settings(), logits[-1:], keys_of(1)).tokens
-        return [t.item() for t in drafts[1:]] + last.tolist(), logits
+        tokens = [t.item() for t in drafts[1:]] + last.tolist()
+        return [exact.Verified(t, row) for t, row in zip(tokens, logits)]
 
     monkeypatch.setattr(ExactDecoder, "_choose_together", careless)
     assert tokens(model, tokenizer) != wanted

@@ -179,7 +179,7 @@ def generate_step(stock: Step) -> Step:
     ) -> Iterator[tuple[int, mx.array]]:
         options = kwargs.get("sampler"), kwargs.get("logits_processors")
         slot = slot_of(model)
-        if slot is not None and slot.verify_every is not None:
+        if slot is not None and slot.exact:
             yield from exact_generate_step(stock, slot, prompt, model, *args, **kwargs)
             return
         request = read_request(model, *options)
@@ -311,8 +311,7 @@ def speculative_generate_step(stock: Step) -> Step:
 
         def stand_in(model: nn.Module, longest: int) -> _StandIn:
             slot = slot_of(model)
-            exact = slot is not None and slot.verify_every is not None
-            leave = processors or (exact and longest > 2)
+            leave = processors or (slot is not None and slot.exact and longest > 2)
             request = None if leave else read_request(model, sampler, None)
             head, settings, _ = request or (None, Settings(), [])
             return _StandIn(turn, model, head, settings, keys, (), longest)
@@ -351,12 +350,11 @@ def batch_step(stock: Step) -> Step:
     @wraps(stock)
     def _step(self: Any) -> tuple[list[int], list[mx.array]]:
         if not hasattr(self, "_flash"):
-            self._flash = head_of(self.model), Keys()
-        head, keys = self._flash
-        slot = slot_of(self.model)
-        exact = slot is not None and slot.verify_every is not None
-        if head is None or exact or not self.uids:
+            self._flash = slot_of(self.model), Keys()
+        slot, keys = self._flash
+        if slot is None or slot.exact or not self.uids:
             return stock(self)
+        head = slot.head
         sequences = range(len(self.uids))
         requests = [_Request.read(self, e, head.vocab_size) for e in sequences]
         if not _worthwhile(head, requests):

@@ -25,6 +25,7 @@ import mlx.nn as nn
 
 from ..head import FlashHead
 from ..sampling import Processor, Settings, coupled, fits
+from ..sampling.draw import known_transform
 from .keys import Keys
 from .rollback import Rollback, supported
 from .slots import FlashLinear, hidden_state
@@ -204,12 +205,10 @@ class ExactDecoder:
     ) -> None:
         """Choose as the dense head does, until it differs from the draft."""
         head = self.head
-        logits = head.clustered(states)
-        if head.transform is not None:
-            logits = head.transform(logits)
+        logits = known_transform(head)(head.clustered(states))
         known = self.settings is not None and self.readable is not None
         choose = self._choose_together if known else self._choose_in_turn
-        chosen, logits = choose(logits, tokens, context)
+        chosen = choose(logits, tokens, context)
         n_drafted = min(len(chosen), len(tokens) - 1)
         self.count.steps += len(states)
         self.count.tokens += len(chosen)
@@ -217,15 +216,13 @@ class ExactDecoder:
         self.count.drafted += n_drafted
         self.count.accepted += n_drafted - (len(chosen) < len(states))
         self._position += len(chosen)
-        for i, token in enumerate(chosen):
-            row = logits[i]
-            self._ahead.append(Verified(token, _log_softmax(head, row)))
+        self._ahead.extend(chosen)
 
     def _choose_together(
         self, logits: mx.array, tokens: list[mx.array], context: mx.array
-    ) -> tuple[list[int], mx.array]:
-        """Tokens up to the first difference, and logits ``[k, V]`` as the processors
-        make them, for settings that are known: all positions at once."""
+    ) -> list[Verified]:
+        """Tokens up to the first difference, for settings that are known: all positions
+        at once."""
         head, settings, readable = self.head, self.settings, self.readable
         assert settings is not None and readable is not None
         if readable:
@@ -243,39 +240,36 @@ class ExactDecoder:
         drawn = coupled.draw(head, settings, logits, keys)
         mx.eval(drawn.tokens, drawn.certain, *tokens)
         drafts = [_value(token) for token in tokens[1:]]
-        chosen: list[int] = []
+        chosen: list[Verified] = []
         for i in range(len(logits)):
             token = drawn.tokens[i]
             if not drawn.certain[i].item():
                 row, key, every = logits[i : i + 1], keys[i : i + 1], head.n_clusters
                 token = coupled.draw(head, settings, row, key, every).tokens
-            chosen.append(_value(token))
-            if i < len(drafts) and chosen[-1] != drafts[i]:
+            chosen.append(Verified(_value(token), _log_softmax(head, logits[i])))
+            if i < len(drafts) and chosen[-1].token != drafts[i]:
                 break
-        return chosen, logits
+        return chosen
 
     def _choose_in_turn(
         self, logits: mx.array, tokens: list[mx.array], context: mx.array
-    ) -> tuple[list[int], mx.array]:
+    ) -> list[Verified]:
         """The same for a sampler or processors that are not known: they are called for
         one position after another, as without a draft, and for no further one after a
         difference, for they may keep a state."""
         positions = self.head.positions
         so_far = mx.concatenate([context, *tokens[1:]])
         first = len(context)
-        chosen: list[int] = []
-        rows: list[mx.array] = []
+        chosen: list[Verified] = []
         for i in range(len(logits)):
             row = logits[i : i + 1][:, positions]
             for processor in self.processors:
                 row = processor(so_far[: first + i], row)
             logprobs = row - mx.logsumexp(row, axis=-1, keepdims=True)
-            chosen.append(_value(self.sampler(logprobs)))
-            back = self.head.token_ids.reshape(-1)[: self.head.vocab_size]
-            rows.append(row[:, back])
-            if i + 1 < len(tokens) and chosen[-1] != _value(tokens[i + 1]):
+            chosen.append(Verified(_value(self.sampler(logprobs)), logprobs[0]))
+            if i + 1 < len(tokens) and chosen[-1].token != _value(tokens[i + 1]):
                 break
-        return chosen, mx.concatenate(rows)
+        return chosen
 
 
 def _value(token: mx.array) -> int:

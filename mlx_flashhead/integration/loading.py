@@ -21,10 +21,10 @@ from ..compute.device import for_device
 from ..folder import integrity
 from ..folder.format import load_head
 from ..folder.section import FormatError, has_section, read_section
-from ..head import FlashHead
 from .locate import (
     HeadNotFound,
     find_transform,
+    flash_heads,
     flash_slots,
     get_module,
     head_table,
@@ -151,7 +151,7 @@ def save_model(
     stock: Callable[..., None], save_path: str | Path, model: nn.Module, **kwargs: Any
 ) -> None:
     """``mlx_lm.utils.save_model``, but for models with a FlashHead."""
-    if any(isinstance(module, FlashHead) for _, module in model.named_modules()):
+    if next(flash_heads(model), None) is not None:
         raise ValueError(
             "a model with a FlashHead cannot be saved as a plain one: load it with "
             "the dense head (dense=True, --dense)"

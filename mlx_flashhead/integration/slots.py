@@ -70,12 +70,17 @@ class FlashLinear(nn.Module):
         self.verify_every: int | None = None
         self.stop_tokens: frozenset[int] = frozenset()
 
+    @property
+    def exact(self) -> bool:
+        """Whether decoding is exact."""
+        return self.verify_every is not None
+
     def __call__(self, x: mx.array) -> mx.array:
         """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x."""
         for head, answer in reversed(_interceptions.get()):
             if head is self.head:
                 return answer(x)
-        if self.verify_every is not None:
+        if self.exact:
             return self.head.dense(x).astype(x.dtype)
         return self.head(x)
 

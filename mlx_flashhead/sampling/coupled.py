@@ -152,8 +152,10 @@ def draw(
             logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         ids = head.token_ids.reshape(-1)[: head.vocab_size]
         return Drawn(_lowest(logits, ids, head.vocab_size), certain)
-    padding = mx.full((k, head.padding), -mx.inf)
-    whole = mx.concatenate([logits.astype(mx.float32), padding], axis=-1)
+    whole = logits.astype(mx.float32)
+    if head.padding:
+        padding = mx.full((k, head.padding), -mx.inf)
+        whole = mx.concatenate([whole, padding], axis=-1)
     clustered = whole.reshape(k, head.n_clusters, head.cluster_size)
     noises = [Noise.make(head, key) for key in keys]
     noise = mx.stack([each.clusters for each in noises])
@@ -236,12 +238,10 @@ def _filter(
     flat = logits.reshape(len(logits), -1)
     top = flat.max(axis=-1, keepdims=True)
     distance = fixed_point.levels_below(top, flat, fixed_point.LOG2E)
-    drops = exempt = None
+    drops = None
     if settings.xtc_probability > 0:
         drops = coins <= settings.xtc_probability
-        if settings.xtc_special_tokens:
-            special = mx.array(settings.xtc_special_tokens, mx.uint32)
-            exempt = (ids.reshape(*flat.shape, 1) == special).any(axis=-1)
+    exempt = settings.xtc_exempt(ids.reshape(flat.shape))
     kept, tail = filters.keep(distance, rules, top[:, 0] - rest, drops, exempt)
     return mx.where(kept.reshape(logits.shape), logits, -mx.inf), tail
 

@@ -207,11 +207,8 @@ def _choose(
     if settings.xtc_probability > 0:
         xtc["xtc_probability"] = settings.xtc_probability
         xtc["xtc_threshold"] = settings.xtc_threshold
-        if settings.xtc_special_tokens:
-            assert ids is not None
-            special = mx.array(settings.xtc_special_tokens, mx.uint32)
-            candidates = ids[:, : logits.shape[1], None]
-            xtc["xtc_exempt"] = (candidates == special).any(axis=-1)
+        if ids is not None:
+            xtc["xtc_exempt"] = settings.xtc_exempt(ids[:, : logits.shape[1]])
     at = kernels.sample(
         logits,
         _subkey(key, 2),

@@ -42,6 +42,14 @@ class Settings:
         """Whether mlx-lm would sort the vocabulary for it."""
         return not self.greedy and (self.nucleus < 1 or self.top_k > 0)
 
+    def xtc_exempt(self, ids: mx.array) -> mx.array | None:
+        """Which of the tokens ``ids [..., n]`` XTC never drops, bool of their shape;
+        ``None`` for none."""
+        if self.xtc_probability == 0 or not self.xtc_special_tokens:
+            return None
+        special = mx.array(self.xtc_special_tokens, mx.uint32)
+        return (ids[..., None] == special).any(axis=-1)
+
     @property
     def nucleus(self) -> float:
         """top_p, where it is one; else 1."""
