@@ -33,11 +33,24 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class States:
-    """Hidden states, float32: ``fit [n, D]``, and ``held_out [., D]`` of documents that
-    nothing is fitted to."""
+    """Hidden states, float32.
+
+    Attributes:
+        fit: What heads are fitted to, ``[n, D]``.
+        held_out: Of documents that nothing is fitted to, ``[., D]``.
+        n_answered: States at the end of ``fit`` that are the model's own answers.
+    """
 
     fit: np.ndarray
     held_out: np.ndarray
+    n_answered: int = 0
+
+    def typical(self, n: int) -> np.ndarray:
+        """States as decoding meets them, at most n: held-out text, and as many of the
+        model's own answers."""
+        answers = self.fit[len(self.fit) - self.n_answered :]
+        share = n // 2 if len(answers) else n
+        return np.concatenate([_some(self.held_out, share), _some(answers, share)])
 
     def second_moment(self) -> np.ndarray:
         """S = E[h h^T], float32 ``[D, D]``."""
@@ -136,7 +149,13 @@ def collect(
                     step=step,
                 )
             )
-    return States(np.concatenate(fit), np.concatenate(held_out))
+    n_answered = 0 if prompts is None else len(fit[-1])
+    return States(np.concatenate(fit), np.concatenate(held_out), n_answered)
+
+
+def _some(states: np.ndarray, n: int) -> np.ndarray:
+    """At most n states, evenly over all."""
+    return states[:: -(-len(states) // n)] if len(states) else states
 
 
 def _batch_states(

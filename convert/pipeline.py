@@ -23,7 +23,7 @@ from mlx_flashhead.compute.table import Table
 from mlx_flashhead.evaluation.fidelity import measure, n_blocks
 from mlx_flashhead.folder import format as layout
 from mlx_flashhead.folder import integrity
-from mlx_flashhead.folder.section import CONFIG_KEY, Measured
+from mlx_flashhead.folder.section import CONFIG_KEY, Draft, Measured
 from mlx_flashhead.head import FlashHead, default_n_probes
 from mlx_flashhead.head.transform import Transform
 from mlx_flashhead.integration.locate import (
@@ -33,7 +33,7 @@ from mlx_flashhead.integration.locate import (
     head_table,
 )
 
-from . import calibrate, centroids, clustering, collect, pack, publish
+from . import calibrate, centroids, clustering, collect, drafting, pack, publish
 from .progress import Progress, bars, silent
 from .published import pack_clusters, read_clusters
 from .recipes import (
@@ -50,6 +50,8 @@ HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 # Held-out states that the report is about, at most.
 N_REPORT = 1024
+# States by which the draft of exact decoding is chosen, at most.
+N_DRAFTS = 1024
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
 
@@ -67,7 +69,11 @@ class Report:
         head_bits, centroid_bits: Bits of the FlashHead's rows and centroids.
         dense_bits: Bits of the dense head in the folder.
         dense_bytes: Head bytes that a decoded token reads with the dense head.
-        flash_bytes: The same with the FlashHead.
+        flash_bytes: The same with the FlashHead, approximate.
+        exact_bytes: The same in exact decoding, for each token that is kept.
+        draft_probes, verify_every: Clusters probed for a draft, and tokens verified at
+            once, in exact decoding.
+        acceptance: Share of drafted tokens that is expected to stand, greedy.
         rows_read: Share of the vocabulary's rows read per token, centroids included.
         recall: Share of held-out states whose best token is probed.
         agreement: Share on which the FlashHead's best token is the dense head's.
@@ -88,6 +94,10 @@ class Report:
     dense_bits: int
     dense_bytes: int
     flash_bytes: int
+    exact_bytes: int
+    draft_probes: int
+    verify_every: int
+    acceptance: float
     rows_read: float
     recall: float
     agreement: float
@@ -102,10 +112,14 @@ class Report:
                 f"Vocabulary    {self.vocab_size:,} tokens x {self.hidden_size}, in "
                 f"{self.n_clusters:,} clusters of {self.cluster_size}; "
                 f"{self.n_probes:,} probed",
-                f"Read a token  {self.flash_bytes / 1e6:.1f} MB ({self.head_bits}-bit "
-                f"rows, {self.centroid_bits}-bit centroids); dense "
-                f"{self.dense_bits}-bit {self.dense_bytes / 1e6:.1f} MB; "
-                f"{self.dense_bytes / self.flash_bytes:.1f} times less",
+                f"Read a token  dense {self.dense_bits}-bit "
+                f"{self.dense_bytes / 1e6:.1f} MB; exact "
+                f"{self.exact_bytes / 1e6:.1f} MB; approximate "
+                f"{self.flash_bytes / 1e6:.1f} MB ({self.head_bits}-bit rows, "
+                f"{self.centroid_bits}-bit centroids)",
+                f"Exact         {self.draft_probes:,} probed for a draft, "
+                f"{self.verify_every} verified at once; "
+                f"{100 * self.acceptance:.2f} % of drafts expected to stand",
                 f"Held-out text {self.held_out_tokens:,} tokens: recall "
                 f"{100 * self.recall:.2f} %, same best token "
                 f"{100 * self.agreement:.2f} %, KL {self.kl:.4f} nats",
@@ -249,6 +263,18 @@ def convert(
             owner=owner,
             progress=progress,
         )
+        typical = states.typical(N_DRAFTS)
+        with progress("Choosing the draft", n_blocks(head, len(typical))) as step:
+            # The user's own choice of bits, or else the model's rows, decide.
+            stored = head_bits is not None and head.rows.bits != table.bits
+            verifying = head.rows if stored else table
+            draft = drafting.choose(
+                head,
+                drafting.search(head, weight, typical, bias, step),
+                verifying.nbytes,
+                _nbytes(model) - table.nbytes,
+                "stored" if stored else "model",
+            )
         held_out = states.held_out[:: -(-len(states.held_out) // N_REPORT)]
         with progress("Measuring", n_blocks(head, len(held_out))) as step:
             fidelity = measure(head, weight, held_out, bias=bias, step=step)
@@ -271,8 +297,10 @@ def convert(
                 calibration=Path(calibration_data or "built-in").name,
                 measured=measured,
                 clusters=None if clusters is None else _named(clusters),
+                draft=draft,
             )
-            report = _report(target, head, table, measured, start)
+            exact = drafting.bytes_per_token(head, verifying.nbytes, draft)
+            report = _report(target, head, table, measured, draft, int(exact), start)
             config.pop(CONFIG_KEY, None)
             utils.save(result, source.folder, model, tokenizer, config)
             for file in [*integrity.weight_files(result), result / layout.HEAD_FILE]:
@@ -505,9 +533,13 @@ def _quantize_body(
 
 def _estimated_bytes(model: nn.Module, table: Table) -> int:
     """Disk space that a converted model may need."""
+    return int(_nbytes(model) + 1.2 * table.nbytes) + (64 << 20)
+
+
+def _nbytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters."""
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    body = sum(a.nbytes for a in parameters.values())
-    return int(body + 1.2 * table.nbytes) + (64 << 20)
+    return sum(a.nbytes for a in parameters.values())
 
 
 def _report(
@@ -515,6 +547,8 @@ def _report(
     head: FlashHead,
     table: Table,
     measured: Measured,
+    draft: Draft,
+    exact_bytes: int,
     start: float,
 ) -> Report:
     return Report(
@@ -529,6 +563,10 @@ def _report(
         dense_bits=table.bits,
         dense_bytes=table.nbytes,
         flash_bytes=head.bytes_read(),
+        exact_bytes=exact_bytes,
+        draft_probes=draft.n_probes,
+        verify_every=draft.verify_every,
+        acceptance=draft.acceptance,
         rows_read=head.rows_read() / head.vocab_size,
         seconds=time.perf_counter() - start,
         **asdict(measured),

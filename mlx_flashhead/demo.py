@@ -13,6 +13,7 @@ from . import demo_model
 from .cli import one_line_errors
 from .compute.device import blas_hint
 from .folder.section import Section, read_section
+from .integration.exact import verification
 from .integration.locate import flash_heads
 from .load import load
 
@@ -22,16 +23,21 @@ PROMPT = "The history of the steam engine begins"
 @click.command(context_settings={"show_default": True})
 @click.option("--model", help="A converted folder.  [default: Gemma 3 270M from PyPI]")
 @click.option("--prompt", default=PROMPT)
-@click.option("--max-tokens", default=48)
-def main(model: str | None, prompt: str, max_tokens: int) -> None:
+@click.option("--max-tokens", default=64)
+@click.option(
+    "--exact/--approximate",
+    default=True,
+    help="Whether the dense head verifies what FlashHead drafts.",
+)
+def main(model: str | None, prompt: str, max_tokens: int, exact: bool) -> None:
     """Continue a prompt with the dense head and with FlashHead."""
     if message := blas_hint():
         click.echo(message, err=True)
     with one_line_errors():
-        compare(model or demo_model.demo(), prompt, max_tokens)
+        compare(model or demo_model.demo(), prompt, max_tokens, exact)
 
 
-def compare(folder: str | Path, prompt: str, max_tokens: int) -> None:
+def compare(folder: str | Path, prompt: str, max_tokens: int, exact: bool) -> None:
     """Print what both heads of a converted folder make of a prompt, and how fast.
 
     Raises:
@@ -42,25 +48,42 @@ def compare(folder: str | Path, prompt: str, max_tokens: int) -> None:
         raise ValueError(
             f"{folder} has no FlashHead; make one with mlx_flashhead.convert"
         )
-    speeds = {}
-    for name, dense in (("Dense head", True), ("FlashHead", False)):
-        loaded, tokenizer = load(folder, dense=dense)
-        what = f"{name}: {_describe(loaded, section, dense)}"
+    speeds, texts = [], []
+    for dense in (True, False):
+        loaded, tokenizer = load(folder, dense=dense, exact=exact)
+        what = _describe(loaded, section, dense, exact)
         click.echo(f"\n{what}\n{'-' * len(what)}\n{prompt}", nl=False)
         # A first short run leaves compilation and first reads out of the timing.
-        for _ in stream_generate(loaded, tokenizer, prompt, max_tokens=2):
+        for _ in stream_generate(loaded, tokenizer, prompt, max_tokens=20):
             pass
-        for response in stream_generate(
-            loaded, tokenizer, prompt, max_tokens=max_tokens, sampler=make_sampler(0.0)
-        ):
-            click.echo(response.text, nl=False)
-        speeds[name] = response.generation_tps
-        click.echo(f"\n[{speeds[name]:.1f} tokens per second]")
-    dense_tps, flash_tps = speeds.values()
+        tokens = []
+        with verification() as count:
+            for response in stream_generate(
+                loaded,
+                tokenizer,
+                prompt,
+                max_tokens=max_tokens,
+                sampler=make_sampler(0.0),
+            ):
+                click.echo(response.text, nl=False)
+                tokens.append(response.token)
+        speeds.append(response.generation_tps)
+        texts.append(tokens)
+        click.echo(f"\n[{speeds[-1]:.1f} tokens per second]")
+    times = f"{speeds[1] / speeds[0]:.2f} times the dense head's speed"
+    n = len(texts[0])
+    same = next((i for i, (a, b) in enumerate(zip(*texts)) if a != b), n)
     click.echo(
-        f"\nFlashHead ran at {flash_tps / dense_tps:.2f} times the dense head's speed."
+        f"\nThe texts are the same, all {n} tokens, at {times}."
+        if same == n == len(texts[1])
+        else f"\nThe texts are the same up to token {same}, at {times}."
     )
-    if measured := section.measured:
+    if exact:
+        click.echo(
+            f"{count.acceptance:.1%} of the drafted tokens stood; {count.waste:.1%} of "
+            "the model's steps were thrown away."
+        )
+    if (measured := section.measured) and not exact:
         click.echo(
             f"Recall {100 * measured.recall:.2f} % and KL {measured.kl:.4f} nats on "
             f"{measured.held_out_tokens:,} held-out tokens, as measured when "
@@ -68,12 +91,17 @@ def compare(folder: str | Path, prompt: str, max_tokens: int) -> None:
         )
 
 
-def _describe(model: nn.Module, section: Section, dense: bool) -> str:
+def _describe(model: nn.Module, section: Section, dense: bool, exact: bool) -> str:
     if dense:
-        return f"reads all {section.vocab_size:,} rows"
+        return f"Dense head: reads all {section.vocab_size:,} rows"
     head = next(flash_heads(model))
     share = 100 * head.rows_read() / head.vocab_size
-    return f"reads {share:.1f} % of them, in {head.rows.bits} bits"
+    if exact:
+        return (
+            f"FlashHead, exact: drafts with {share:.1f} % of the rows, and the dense "
+            "head verifies"
+        )
+    return f"FlashHead, approximate: reads {share:.1f} % of the rows"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def load(
     *,
     n_probes: int | None = None,
     dense: bool = False,
-    exact: bool = False,
+    exact: bool = True,
     verify_every: int | None = None,
     return_config: Literal[False] = False,
     **kwargs: Any,
@@ -33,7 +33,7 @@ def load(
     *,
     n_probes: int | None = None,
     dense: bool = False,
-    exact: bool = False,
+    exact: bool = True,
     verify_every: int | None = None,
     return_config: Literal[True],
     **kwargs: Any,
@@ -45,7 +45,7 @@ def load(
     *,
     n_probes: int | None = None,
     dense: bool = False,
-    exact: bool = False,
+    exact: bool = True,
     verify_every: int | None = None,
     **kwargs: Any,
 ) -> (
@@ -63,11 +63,12 @@ def load(
           without a FlashHead is loaded as mlx-lm loads it.
         n_probes: Clusters probed per decoded token, instead of the stored number; from
           1 to the head's number of clusters.
-        dense: Leave the dense head in place. So does ``MLX_FLASHHEAD=0`` in the
-          environment.
+        dense: Decode with the dense head. ``MLX_FLASHHEAD=0`` in the environment leaves
+          the model to mlx-lm.
         exact: Draft with the FlashHead and verify with the dense head: the tokens are
-          the model's own.
-        verify_every: Tokens that are verified at once where it is exact.
+          the model's own. Otherwise they are drawn among FlashHead's candidates.
+        verify_every: Tokens that are verified at once where it is exact, instead of
+          the stored number.
         return_config: Whether to return the config, too.
         **kwargs: What :func:`mlx_lm.load` takes (``lazy``, ``adapter_path``,
           ``tokenizer_config``, ``revision``, ...).

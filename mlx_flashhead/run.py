@@ -25,14 +25,14 @@ OPTIONS = [
     click.Option(["--dense"], is_flag=True, help="Use the dense head."),
     click.Option(
         ["--exact/--approximate"],
-        default=False,
-        help="Verify what FlashHead drafts with the dense head: the tokens are the "
-        "model's own.  [default: approximate]",
+        default=True,
+        help="Whether the dense head verifies what FlashHead drafts: the tokens are "
+        "then the model's own.  [default: exact]",
     ),
     click.Option(
         ["--verify-every"],
         type=click.IntRange(min=1),
-        help="Tokens that --exact verifies at once.  [default: 16]",
+        help="Tokens that --exact verifies at once.  [default: the converted number]",
     ),
 ]
 

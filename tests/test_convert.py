@@ -37,7 +37,7 @@ def make(source: Path, target: Path, **options):
 
 
 def head_of(folder: Path) -> FlashHead:
-    return next(flash_heads(load(folder)[0]))
+    return next(flash_heads(load(folder, exact=False)[0]))
 
 
 def stored(folder: Path) -> dict[str, mx.array]:
@@ -277,7 +277,7 @@ def test_dtype(untied_source, tmp_path, dtype):
     fine = mx.float32 if dtype == "float32" else mx.float16
     assert tensors["rows.scales"].dtype == fine
     assert tensors["centroids.scales"].dtype == getattr(mx, dtype)
-    model, _ = load(tmp_path / "made")
+    model, _ = load(tmp_path / "made", exact=False)
     kind = mx.float32 if mx.default_device().type == mx.DeviceType.cpu else fine
     assert {a.dtype for a in next(flash_heads(model)).rows.arrays[1:]} == {kind}
     assert tensors["spread"].dtype == mx.float32

@@ -225,9 +225,9 @@ def edit_tensors(folder: Path, edit) -> None:
     mx.save_safetensors(str(file), tensors)
 
 
-def complaint(folder: Path) -> str:
+def complaint(folder: Path, **options) -> str:
     with pytest.raises(FormatError) as error:
-        load(folder)
+        load(folder, **options)
     message = str(error.value)
     assert "\n" not in message and len(message) < 600
     assert str(folder) in message

@@ -50,8 +50,10 @@ def write(folder: Path, *words, prompt: str = PROMPT, **options) -> str:
     return result.stdout.removesuffix("\n")
 
 
-def expected(folder: Path, n_probes: int | None = None, dense: bool = False) -> str:
-    model, tokenizer = load(folder, n_probes=n_probes, dense=dense)
+def expected(
+    folder: Path, n_probes: int | None = None, dense: bool = False, exact: bool = False
+) -> str:
+    model, tokenizer = load(folder, n_probes=n_probes, dense=dense, exact=exact)
     return mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=8)
 
 
@@ -71,9 +73,11 @@ def test_generate_writes_what_the_head_says(untied_folder):
     dense = expected(untied_folder, dense=True)
     few = expected(untied_folder, n_probes=1)
     assert len({flash, dense, few}) >= 2
-    assert write(untied_folder) == flash
-    assert write(untied_folder, "--n-probes", 1) == few
+    assert write(untied_folder, "--approximate") == flash
+    assert write(untied_folder, "--approximate", "--n-probes", 1) == few
     assert write(untied_folder, "--dense") == dense
+    assert write(untied_folder) == write(untied_folder, "--n-probes", 1) == dense
+    assert write(untied_folder, "--exact", "--verify-every", 3) == dense
 
 
 def test_generate_switched_off(untied_folder, monkeypatch):
@@ -82,7 +86,8 @@ def test_generate_switched_off(untied_folder, monkeypatch):
 
 
 def test_generate_with_all_probes_writes_the_dense_text_of_the_rows(tied_folder):
-    assert write(tied_folder, "--n-probes", 126) == expected(tied_folder, n_probes=126)
+    all_of_them = ("--approximate", "--n-probes", 126)
+    assert write(tied_folder, *all_of_them) == expected(tied_folder, n_probes=126)
 
 
 def test_generate_uses_the_flash_head_and_leaves_mlx_lm_alone(
@@ -98,9 +103,11 @@ def test_generate_uses_the_flash_head_and_leaves_mlx_lm_alone(
 
     monkeypatch.setattr(mlx_lm_generate, "generate", spy)
     write(untied_folder)
+    write(untied_folder, "--approximate")
     write(untied_folder, "--n-probes", 7)
     write(untied_folder, "--dense")
-    assert seen == [[90], [7], []]
+    draft = read_section(untied_folder).draft
+    assert seen == [[draft.n_probes], [90], [7], []]
     assert utils.load_model is stock
     assert sys.argv == arguments
 
@@ -314,17 +321,21 @@ def test_the_cache_folder(tmp_path, monkeypatch):
 
 def test_demo(untied_folder):
     words = ("--model", untied_folder, "--prompt", PROMPT, "--max-tokens", 8)
-    result = invoke(demo_command, *words)
-    assert result.exit_code == 0, result.output
-    for text in (
-        expected(untied_folder),
-        expected(untied_folder, dense=True),
-        "Dense head: reads all 1,003 rows",
-        "in 8 bits",
-        "times the dense head's speed",
-    ):
-        assert text in result.stdout
-    assert result.stdout.count("tokens per second") == 2
+    for exact in (True, False):
+        result = invoke(demo_command, *words, *["--approximate"][exact:])
+        assert result.exit_code == 0, result.output
+        for text in (
+            expected(untied_folder, exact=exact),
+            expected(untied_folder, dense=True),
+            "Dense head: reads all 1,003 rows",
+            "FlashHead, exact: drafts" if exact else "FlashHead, approximate: reads",
+            "times the dense head's speed",
+        ):
+            assert text in result.stdout
+        assert result.stdout.count("tokens per second") == 2
+        if exact:
+            assert "The texts are the same, all 8 tokens" in result.stdout
+        assert ("of the drafted tokens stood" in result.stdout) == exact
     recall = read_section(untied_folder).measured.recall
     assert f"Recall {100 * recall:.2f} %" in result.stdout
 

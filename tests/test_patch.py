@@ -137,7 +137,7 @@ def test_everything_is_float32_on_a_cpu(tied_folder):
 
 
 def test_a_tied_model_has_one_table_in_memory(tied_folder):
-    model, _ = load(tied_folder)
+    model, _ = load(tied_folder, exact=False)
     parameters = dict(tree_flatten(model.parameters()))
     vocabulary = [k for k, v in parameters.items() if 1003 in v.shape]
     assert vocabulary == []
@@ -153,7 +153,7 @@ def test_a_tied_model_has_one_table_in_memory(tied_folder):
 def test_the_dense_head_is_not_read(request, tmp_path, kind):
     """It may even be nothing but NaN."""
     folder = request.getfixturevalue(f"{kind}_folder")
-    wanted = logits(load(folder)[0])
+    wanted = logits(load(folder, exact=False)[0])
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     name = "model.embed_tokens.weight" if kind == "tied" else "lm_head.weight"
     file = copy / "model.safetensors"
@@ -164,7 +164,7 @@ def test_the_dense_head_is_not_read(request, tmp_path, kind):
     file.write_bytes(data)
     seal(copy, read_section(copy), [file])
     assert np.isnan(logits(mlx_lm.load(str(copy))[0])).any()
-    assert np.array_equal(logits(load(copy)[0]), wanted)
+    assert np.array_equal(logits(load(copy, exact=False)[0]), wanted)
 
 
 # ---------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_a_decode_step_uses_the_head_and_a_prompt_does_not(untied_folder, monkey
     monkeypatch.setattr(
         FlashHead, "dense", lambda self, x: drawn.append(x.shape[-2]) or dense(self, x)
     )
-    model, tokenizer = load(untied_folder)
+    model, tokenizer = load(untied_folder, exact=False)
     greedy(model, tokenizer, 5)
     assert set(selected) == {1} and len(selected) >= 5
     assert len(drawn) == 1 and drawn[0] > 1  # the prompt's graph, never evaluated

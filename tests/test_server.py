@@ -228,14 +228,17 @@ def run(*words: str, stdin: str = "", code: int = 0, **env: str):
 
 
 def test_run_generates_as_the_function_does(untied_folder):
-    model, tokenizer = load(untied_folder)
+    model, tokenizer = load(untied_folder, exact=False)
     wanted = mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=8)
     words = ("mlx_lm.generate", "--model", str(untied_folder), "--prompt", PROMPT)
     words += ("--max-tokens", "8", "--ignore-chat-template")
-    done = run("mlx_flashhead.run", *words)
+    done = run("mlx_flashhead.run", "--approximate", *words)
     assert wanted in done.stdout
-    few = run("mlx_flashhead.run", "--n-probes", "1", *words)
+    few = run("mlx_flashhead.run", "--approximate", "--n-probes", "1", *words)
     assert "Generation: 8 tokens" in few.stdout and wanted not in few.stdout
+    exact = run("mlx_flashhead.run", "--n-probes", "1", *words)
+    dense = run("mlx_flashhead.run", "--dense", *words)
+    assert exact.stdout.split("====")[1] == dense.stdout.split("====")[1]
     off = run("mlx_flashhead.run", "--n-probes", "1", *words, MLX_FLASHHEAD="0")
     assert (
         off.stdout.split("====")[1]

@@ -262,7 +262,7 @@ def test_every_number_of_gpu_is_one(monkeypatch):
 
 
 def test_modules_say_what_they_are(untied_folder):
-    model, _ = load(untied_folder)
+    model, _ = load(untied_folder, exact=False)
     text = str(model.lm_head)
     assert "FlashHead(vocab_size=1003, hidden_size=64, n_clusters=126" in text
     assert "(rows): Table([126, 8, 64], bits=8, group_size=64, mode=affine)" in text

@@ -194,7 +194,10 @@ def test_values_that_are_not_finite(untied_folder, tmp_path, version, name, valu
     reseal(folder)
     if version < 3:
         set_version(folder, version)
-    assert f"{name} has NaN or infinite" in complaint(folder)
+    assert f"{name} has NaN or infinite" in complaint(folder, exact=False)
+    # Exact decoding has no use for the stored rows.
+    if not name.startswith("rows"):
+        assert f"{name} has NaN or infinite" in complaint(folder)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def heads(
     """
     model, tokenizer = load(folder, dense=True)
     # Lazily: only the head of this one is ever read.
-    loaded, _ = load(folder, lazy=True, n_probes=n_probes)
+    loaded, _ = load(folder, lazy=True, exact=False, n_probes=n_probes)
     flash = next(flash_heads(loaded), None)
     if flash is None:
         raise ValueError(

@@ -38,6 +38,7 @@ from ..head import FlashHead, Transform
 from .section import (
     CONFIG_KEY,
     FORMAT_VERSION,
+    Draft,
     FormatError,
     Measured,
     Section,
@@ -58,6 +59,7 @@ def describe(
     calibration: str | None = None,
     measured: Measured | None = None,
     clusters: str | None = None,
+    draft: Draft | None = None,
 ) -> Section:
     """The config section of a head that stands at module ``path``, and of what it was
     made with."""
@@ -78,6 +80,7 @@ def describe(
         calibration=calibration,
         measured=measured,
         clusters=clusters,
+        draft=draft,
     )
 
 

@@ -54,6 +54,24 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Draft:
+    """How exact decoding drafts and verifies, as the converter chose it.
+
+    Attributes:
+        n_probes: Clusters probed for a drafted token.
+        verify_every: Tokens that one dense product verifies.
+        acceptance: Share of the drafted tokens that is expected to stand, greedy.
+        rows: Whose rows decide: ``"model"`` for those of the plain model's head,
+            ``"stored"`` for the FlashHead's own.
+    """
+
+    n_probes: int
+    verify_every: int
+    acceptance: float
+    rows: str = "model"
+
+
+@dataclass(frozen=True)
 class Section:
     """A section, its values checked against each other.
 
@@ -66,6 +84,7 @@ class Section:
         recipe, seed, calibration, clusters: What it was made with; ``clusters`` only
             where they were published ones.
         measured: What the converter measured.
+        draft: How exact decoding drafts; folders of before have none.
         files: SHA-256 of each weight file, by its name.
         format_version: That of the folder.
         intact: Whether the section's own digest was the right one.
@@ -87,6 +106,7 @@ class Section:
     calibration: str | None = None
     measured: Measured | None = None
     clusters: str | None = None
+    draft: Draft | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
     intact: bool = True
@@ -118,6 +138,7 @@ class Section:
             ("rows", TableForm),
             ("centroids", TableForm),
             ("measured", Measured),
+            ("draft", Draft),
         ):
             if key in values:
                 names = [f.name for f in fields(kind)]
@@ -229,6 +250,15 @@ def _check(values: Mapping[str, Any]) -> None:
         names = [f.name for f in fields(Measured)]
         whole = isinstance(value, dict) and all(_is_real(value.get(n)) for n in names)
         _require(whole, f"measured is {value!r:.80}")
+    if "draft" in values:
+        value = values["draft"]
+        known = (
+            isinstance(value, dict)
+            and all(_is_size(value.get(n)) for n in ("n_probes", "verify_every"))
+            and _is_real(value.get("acceptance"))
+            and value.get("rows") in ("model", "stored")
+        )
+        _require(known and value["n_probes"] <= c, f"draft is {value!r:.80}")
     _require(_is_listing(values.get("files", {})), "files does not list weight files")
 
 

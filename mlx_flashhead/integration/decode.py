@@ -92,10 +92,10 @@ def read_request(
     model: Any, sampler: Any, processors: Sequence[Any] | None
 ) -> tuple[FlashHead, Settings, list[Processor]] | None:
     """What a model's tokens are drawn with, if they can be drawn among candidates."""
-    head = head_of(model)
-    if head is None:
+    slot = slot_of(model)
+    if slot is None or slot.decoding == "dense":
         return None
-    settings = read_sampler(sampler)
+    head, settings = slot.head, read_sampler(sampler)
     readable = read_processors(processors, head.vocab_size)
     if settings is None or readable is None:
         return None
@@ -227,7 +227,7 @@ def exact_generate_step(
         processors,
         read_sampler(sampler),
         read_processors(processors, head.vocab_size),
-        slot.verify_every or 1,
+        slot.verify_every,
     )
     stand_in = _ExactStandIn(decoder, model, kwargs)
     kwargs.update(sampler=stand_in.sampler, logits_processors=None)
@@ -311,7 +311,9 @@ def speculative_generate_step(stock: Step) -> Step:
 
         def stand_in(model: nn.Module, longest: int) -> _StandIn:
             slot = slot_of(model)
-            leave = processors or (slot is not None and slot.exact and longest > 2)
+            # A target of several positions has its dense product for the price of one.
+            own = slot is not None and slot.decoding != "approximate" and longest > 2
+            leave = processors or own
             request = None if leave else read_request(model, sampler, None)
             head, settings, _ = request or (None, Settings(), [])
             return _StandIn(turn, model, head, settings, keys, (), longest)
@@ -352,7 +354,7 @@ def batch_step(stock: Step) -> Step:
         if not hasattr(self, "_flash"):
             self._flash = slot_of(self.model), Keys()
         slot, keys = self._flash
-        if slot is None or slot.exact or not self.uids:
+        if slot is None or slot.decoding != "approximate" or not self.uids:
             return stock(self)
         head = slot.head
         sequences = range(len(self.uids))

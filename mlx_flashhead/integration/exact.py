@@ -23,7 +23,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head import FlashHead
+from ..head import FlashHead, prefers_dense
 from ..sampling import Processor, Settings, coupled, fits
 from ..sampling.draw import known_transform
 from .keys import Keys
@@ -125,8 +125,9 @@ class ExactDecoder:
 
     @property
     def drafts(self) -> bool:
-        """Whether FlashHead can draft for these settings."""
-        return fits(self.head, self.settings or Settings())
+        """Whether FlashHead can draft for these settings, and saves time."""
+        settings = self.settings or Settings()
+        return fits(self.head, settings) and not prefers_dense(self.head, 1)
 
     def next(
         self, token: mx.array, cache: Any, context: mx.array, at_most: int

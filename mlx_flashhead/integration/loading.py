@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..compute.device import for_device
 from ..folder import integrity
 from ..folder.format import load_head
-from ..folder.section import FormatError, has_section, read_section
+from ..folder.section import Draft, FormatError, has_section, read_section
 from .locate import (
     HeadNotFound,
     find_transform,
@@ -30,10 +30,10 @@ from .locate import (
     head_table,
     place,
 )
-from .slots import FlashLinear
+from .slots import Decoding, FlashLinear
 
-# Positions that one dense product verifies, unless something else is asked for. On
-# Apple's GPUs MLX reads the rows once for all from 6 to 12 positions on.
+# Positions that one dense product verifies, where a folder does not say it. On Apple's
+# GPUs MLX reads the rows once for all from 6 to 12 positions on.
 VERIFY_EVERY = 16
 
 
@@ -49,7 +49,7 @@ def load_model(
     *args: Any,
     n_probes: int | None = None,
     dense: bool = False,
-    exact: bool = False,
+    exact: bool = True,
     verify_every: int | None = None,
     **kwargs: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -60,9 +60,10 @@ def load_model(
         model_path: The folder.
         lazy: Leave the weights on disk until they are used.
         n_probes: Clusters probed per decoded token, instead of the stored number.
-        dense: Keep the dense head; so does ``MLX_FLASHHEAD=0``.
+        dense: Decode with the dense head. ``MLX_FLASHHEAD=0`` leaves the folder to
+            mlx-lm.
         exact: Whether FlashHead drafts and the dense head verifies.
-        verify_every: Tokens that are verified at once.
+        verify_every: Tokens that are verified at once, instead of the stored number.
         args, kwargs: For ``stock``.
 
     Raises:
@@ -70,21 +71,43 @@ def load_model(
     """
     with refusing(model_path):
         converted = has_section(model_path)
-        flash = converted and not (dense or switched_off())
+        decoding = _decoding(model_path, dense, exact) if converted else None
         guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if converted:
-            n_tensors = integrity.check_sizes(model_path, head=flash)
+            n_tensors = integrity.check_sizes(model_path, head=decoding is not None)
             guard = integrity.bounded(model_path, n_tensors)
         with guard:
             model, config = stock(model_path, True, *args, **kwargs)
-        if flash:
-            every = (verify_every or VERIFY_EVERY) if exact else None
-            install(model, model_path, n_probes, every, _stop_tokens(config))
+        if decoding is not None:
+            install(
+                model,
+                model_path,
+                decoding,
+                n_probes=n_probes,
+                verify_every=verify_every,
+                stop_tokens=_stop_tokens(config),
+            )
         elif converted:
             for_device(model)
     if not lazy:
         mx.eval(model.parameters())
     return model, config
+
+
+def _decoding(folder: Path, dense: bool, exact: bool) -> Decoding | None:
+    """How the model of a converted folder is to decode; ``None`` for the plain model's
+    own head."""
+    if switched_off():
+        return None
+    if not dense:
+        return "exact" if exact else "approximate"
+    # The plain model has the rows of the dense head, unless the stored ones decide. It
+    # can be loaded even where the FlashHead is damaged.
+    with contextlib.suppress(FormatError):
+        section = read_section(folder)
+        if section is not None and section.draft and section.draft.rows == "stored":
+            return "dense"
+    return None
 
 
 def _stop_tokens(config: dict[str, Any]) -> frozenset[int]:
@@ -96,14 +119,23 @@ def _stop_tokens(config: dict[str, Any]) -> frozenset[int]:
 def install(
     model: nn.Module,
     folder: str | Path,
-    n_probes: int | None,
+    decoding: Decoding = "approximate",
+    *,
+    n_probes: int | None = None,
     verify_every: int | None = None,
     stop_tokens: frozenset[int] = frozenset(),
 ) -> nn.Module:
     """Put the FlashHead of a folder into its freshly loaded, lazy model.
 
-    With ``verify_every`` its rows are those of the model's own head, in cluster order:
-    what is decoded is to be what the model itself decodes."""
+    Args:
+        model: The model.
+        folder: The folder.
+        decoding: How it is to decode. But for ``"approximate"``, the rows are those
+            that the section's draft names, so that what is decoded is what the model
+            itself decodes.
+        n_probes, verify_every: Instead of the stored numbers.
+        stop_tokens: Tokens that end a text.
+    """
     section = read_section(folder)
     assert section is not None  # has_section()
     path = section.head_path
@@ -111,7 +143,10 @@ def install(
         table = head_table(get_module(model, path))
     except (HeadNotFound, AttributeError) as e:
         raise FormatError(f"{folder}: {e}; convert the model again") from None
-    own = table if verify_every is not None else None
+    # Folders of before say nothing of drafts.
+    draft = section.draft or Draft(section.n_probes, VERIFY_EVERY, 1.0)
+    approximate = decoding == "approximate"
+    own = None if approximate or draft.rows == "stored" else table
     head = load_head(folder, section, find_transform(model, path), own)
     dense = (*table.weight.shape[:-1], table.hidden_size)
     if dense != (head.vocab_size, head.hidden_size):
@@ -121,12 +156,13 @@ def install(
         )
     integrity.check_finite(folder, dict(tree_flatten(head.parameters())))
     integrity.check_unchanged(folder, section, table)
-    if n_probes is not None:
-        head.n_probes = n_probes
+    if n_probes is not None or not approximate:
+        head.n_probes = draft.n_probes if n_probes is None else n_probes
     for_device(model)
     place(model, path, head)
     for slot in flash_slots(model):
-        slot.verify_every, slot.stop_tokens = verify_every, stop_tokens
+        slot.decoding, slot.stop_tokens = decoding, stop_tokens
+        slot.verify_every = verify_every or draft.verify_every
     return for_device(model)
 
 

@@ -41,7 +41,7 @@ def patch(
     *,
     n_probes: int | None = None,
     dense: bool = False,
-    exact: bool = False,
+    exact: bool = True,
     verify_every: int | None = None,
 ) -> None:
     """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
@@ -56,11 +56,13 @@ def patch(
 
     Args:
         n_probes: Clusters probed per decoded token, instead of the stored number.
-        dense: Keep the dense head; the rest is as with a FlashHead. So does
-          ``MLX_FLASHHEAD=0`` in the environment, read at each load.
+        dense: Decode with the dense head; the rest is as with a FlashHead.
+          ``MLX_FLASHHEAD=0`` in the environment, read at each load, leaves the model
+          to mlx-lm.
         exact: Draft with the FlashHead and verify with the dense head: the tokens are
-          the model's own.
-        verify_every: Tokens that are verified at once where it is exact.
+          the model's own. Otherwise they are drawn among FlashHead's candidates.
+        verify_every: Tokens that are verified at once where it is exact, instead of
+          the stored number.
 
     Raises:
         PatchError: The installed mlx-lm is not as expected. mlx-lm is as it came then.

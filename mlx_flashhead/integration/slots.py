@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..head import FlashHead
 
+Decoding = Literal["approximate", "exact", "dense"]
 Answer = Callable[[mx.array], mx.array]
 
 # Heads and what answers for them, the latest last.
@@ -58,29 +59,30 @@ class FlashLinear(nn.Module):
         head (FlashHead): The head.
 
     Attributes:
-        verify_every (int, optional): Positions that exact decoding verifies at once;
-          ``None`` for approximate decoding. Where it is exact, the slot answers every
-          call with the dense product.
+        decoding (str): ``"approximate"``, ``"exact"`` or ``"dense"``; but for the
+          first, the slot answers every call with the dense product.
+        verify_every (int): Positions that exact decoding verifies at once.
         stop_tokens (frozenset[int]): Tokens that end a text.
     """
 
     def __init__(self, head: FlashHead):
         super().__init__()
         self.head = head
-        self.verify_every: int | None = None
+        self.decoding: Decoding = "approximate"
+        self.verify_every = 1
         self.stop_tokens: frozenset[int] = frozenset()
 
     @property
     def exact(self) -> bool:
         """Whether decoding is exact."""
-        return self.verify_every is not None
+        return self.decoding == "exact"
 
     def __call__(self, x: mx.array) -> mx.array:
         """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x."""
         for head, answer in reversed(_interceptions.get()):
             if head is self.head:
                 return answer(x)
-        if self.exact:
+        if self.decoding != "approximate":
             return self.head.dense(x).astype(x.dtype)
         return self.head(x)
 
