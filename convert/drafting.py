@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_flashhead.compute.linalg import blocks
+from mlx_flashhead.evaluation.drafts import bytes_per_token
 from mlx_flashhead.evaluation.fidelity import Logits, Truth, centroid_logits, row_order
 from mlx_flashhead.folder.section import Draft
 from mlx_flashhead.head import ALWAYS, FlashHead
@@ -80,29 +81,6 @@ def search(
         Found(p, float(b), float(m))
         for p, b, m in zip(ps, best_share, mass_share, strict=True)
     ]
-
-
-def kept(acceptance: float, k: int) -> float:
-    """Tokens that stand of k steps of the body, if misses fall independently: the
-    first draft of another choice is put right, and what follows it is thrown away."""
-    return sum(acceptance**i for i in range(k))
-
-
-def bytes_per_token(
-    head: FlashHead, dense_bytes: int, draft: Draft, body_bytes: int = 0
-) -> float:
-    """Bytes read for each token that is kept.
-
-    Args:
-        head: The head.
-        dense_bytes: Of all rows that a verification reads; drafts read some of them.
-        draft: How it is drafted.
-        body_bytes: What a step of the model's body reads.
-    """
-    k = draft.verify_every
-    drafted = head.centroids.nbytes + head.spread.nbytes
-    drafted += dense_bytes * draft.n_probes // head.n_clusters
-    return (k * (body_bytes + drafted) + dense_bytes) / kept(draft.acceptance, k)
 
 
 def choose(

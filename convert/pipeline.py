@@ -20,6 +20,7 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_flashhead.compute.table import Table
+from mlx_flashhead.evaluation.drafts import bytes_per_token
 from mlx_flashhead.evaluation.fidelity import measure, n_blocks
 from mlx_flashhead.folder import format as layout
 from mlx_flashhead.folder import integrity
@@ -299,7 +300,7 @@ def convert(
                 clusters=None if clusters is None else _named(clusters),
                 draft=draft,
             )
-            exact = drafting.bytes_per_token(head, verifying.nbytes, draft)
+            exact = bytes_per_token(head, verifying.nbytes, draft)
             report = _report(target, head, table, measured, draft, int(exact), start)
             config.pop(CONFIG_KEY, None)
             utils.save(result, source.folder, model, tokenizer, config)

@@ -55,7 +55,7 @@ class _Command(click.Command):
     "kinds",
     type=Listed(_one_of(HEADS)),
     default=HEADS,
-    help="Of 16 (unquantized), 8, 4 and flash.  [default: all]",
+    help="Of 16 (unquantized), 8, 4, flash (approximate) and exact.  [default: all]",
 )
 @click.option(
     "--samplers",
@@ -80,6 +80,16 @@ class _Command(click.Command):
 )
 @click.option("--repeats", type=click.IntRange(min=1), help="[default: 3]")
 @click.option("--n-probes", type=click.IntRange(min=1), help="As in other commands.")
+@click.option(
+    "--verify-every",
+    type=click.IntRange(min=1),
+    help="Tokens that exact decoding verifies at once.  [default: as converted]",
+)
+@click.option(
+    "--exact/--approximate",
+    default=None,
+    help="Only one of exact and flash.  [default: both]",
+)
 @click.option("--quick", is_flag=True, help="Only a short prompt and one sequence.")
 @click.option("--all", "everything", is_flag=True, help="Leave nothing out.")
 @click.option("--energy/--no-energy", default=True, help="Measure energy.")

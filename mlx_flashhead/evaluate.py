@@ -47,6 +47,16 @@ from .evaluation.report import plot, table
     default=MAX_TOKENS,
     help="Longest continuation.",
 )
+@click.option(
+    "--exact/--approximate",
+    default=True,
+    help="Whether exact decoding is among what is compared.",
+)
+@click.option(
+    "--verify-every",
+    type=click.IntRange(min=1),
+    help="Tokens that it verifies at once.  [default: the converted number]",
+)
 @click.option("--json", "json_path", help="Write the figures here, too.")
 @click.option("--plot", "plot_path", help="Draw recall and KL against bytes here.")
 def main(

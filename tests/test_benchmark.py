@@ -58,8 +58,8 @@ def test_terminal_and_markdown(outputs):
     assert text.count("## Batch 1, prompt of 8 tokens") == 1
     assert text.count("## Batch 3, prompt of 40 tokens") == 1
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    # Four cells of two samplers and five heads.
-    assert len(tables) == 4 * (2 + 10)
+    # Four cells of two samplers and six heads.
+    assert len(tables) == 4 * (2 + 12)
     assert text.rstrip().endswith("b.png\n```")
     assert f"mlx {mx.__version__}" in text
     assert "Warning: the fan is off." in text
@@ -70,15 +70,22 @@ def test_terminal_and_markdown(outputs):
 def test_json(outputs):
     _, found, _ = outputs
     rows = found["rows"]
-    assert len(rows) == 4 * 2 * 5
-    kinds = [r["kind"] for r in rows[:5]]
-    assert kinds == ["16", "8", "4", "flash", "model"]
+    assert len(rows) == 4 * 2 * 6
+    kinds = [r["kind"] for r in rows[:6]]
+    assert kinds == ["16", "8", "4", "flash", "exact", "model"]
     for r in rows:
         assert r["max_tokens"] == 4 and len(r["runs"]) == 2
         for name in ("tokens_per_second", "first_token_seconds"):
             s = r[name]
             assert 0 < s["min"] <= s["median"] <= s["max"]
-        assert r["head_seconds_per_token"]["median"] > 0 and r["head_share"] > 0
+        if r["kind"] != "exact":
+            assert r["head_seconds_per_token"]["median"] > 0 and r["head_share"] > 0
+        # Several sequences are verified without a draft.
+        drafts = r["kind"] == "exact" and r["batch_size"] == 1
+        assert (r["acceptance"] is not None) == drafts
+        assert not drafts or (0 <= r["acceptance"] <= 1 and 0 <= r["waste"] < 1)
+        known = r["kind"] != "model" and r["batch_size"] == 1
+        assert (r["head_bytes_per_token"] is not None) == known
         # Energy is nobody's here.
         assert r["joules_per_token"] is None
     # A head of fewer bits in the same body needs less memory.
@@ -208,7 +215,8 @@ def test_load(tied_folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--heads", "16,5"], "'5' is not one of 16, 8, 4, flash"),
+        (["--heads", "16,5"], "'5' is not one of 16, 8, 4, flash, exact"),
+        (["--heads", "exact", "--approximate"], "--heads names only what"),
         (["--samplers", "best"], "'best' is not one of greedy, top-p"),
         (["--prompt-tokens", "1"], "'1' is not a whole number from 2"),
         (["--batch-sizes", "0"], "'0' is not a whole number from 1"),

@@ -12,6 +12,7 @@ from mlx_flashhead.convert.drafting import Found
 from small_heads import make_head, random_states
 
 from mlx_flashhead import flash_heads, load
+from mlx_flashhead.evaluation import drafts
 from mlx_flashhead.folder.section import FormatError, Section, read_section
 from mlx_flashhead.integration.decode import slot_of
 
@@ -43,8 +44,8 @@ def test_steps_that_stand():
     rng, k, a = np.random.default_rng(0), 8, 0.9
     stands = rng.random((20_000, k - 1)) < a
     first_miss = np.where(stands.all(axis=1), k, stands.argmin(axis=1) + 1)
-    assert drafting.kept(a, k) == pytest.approx(first_miss.mean(), rel=0.02)
-    assert drafting.kept(1.0, k) == k
+    assert drafts.kept(a, k) == pytest.approx(first_miss.mean(), rel=0.02)
+    assert drafts.kept(1.0, k) == k
 
 
 def test_the_fewest_bytes_are_chosen(case):
@@ -77,7 +78,7 @@ def test_the_folder_says_how_to_draft(untied_source, tmp_path):
     (head,), slot = flash_heads(model), slot_of(model)
     assert head.n_probes == draft.n_probes and slot.verify_every == draft.verify_every
     assert slot.exact and head.rows.bits == 32
-    expected = drafting.bytes_per_token(head, head.rows.nbytes, draft)
+    expected = drafts.bytes_per_token(head, head.rows.nbytes, draft)
     assert report.exact_bytes == pytest.approx(expected, rel=0.01)
     model, _ = load(tmp_path / "made", exact=False)
     (head,) = flash_heads(model)

@@ -28,6 +28,7 @@ from mlx_flashhead.evaluation.compare import (
     Sums,
     ladder,
 )
+from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.head import ALWAYS
 from mlx_flashhead.head.transform import Transform
 
@@ -346,9 +347,9 @@ def test_the_command_writes_table_json_and_plot(tied_folder, texts, tmp_path):
     assert list(found) == ["domains", "overall", "heads"]
     assert list(found["domains"]) == ["prose", "code"]
     names = ["dense 8-bit", "dense 4-bit", "FlashHead 30", "FlashHead 60"]
-    names.append("FlashHead 90")
+    names += ["FlashHead 90", "FlashHead exact"]
     assert [h["name"] for h in found["heads"]] == names
-    assert [h["stored"] for h in found["heads"]] == [False] * 4 + [True]
+    assert [h["stored"] for h in found["heads"]] == [False] * 4 + [True, True]
     for part in (*found["domains"].values(), found["overall"]):
         assert set(part) == {"tokens", "reference", "heads"}
         assert list(part["heads"]) == names
@@ -359,6 +360,15 @@ def test_the_command_writes_table_json_and_plot(tied_folder, texts, tmp_path):
         assert head["continuations"]["prompts"] == 2
     for name in ("prose", "code", "overall", *names):
         assert name in output
+    # The folder's own rows decide, and they are the reference.
+    exact = found["overall"]["heads"]["FlashHead exact"]
+    assert exact["agreement"] == 1 and abs(exact["kl"]) < 1e-6
+    assert found["heads"][-1]["continuations"]["identical"] == 1
+    # Its recall is that of its drafts.
+    draft = read_section(tied_folder).draft
+    assert found["heads"][-1]["n_probes"] == draft.n_probes
+    code, without = run(*options, "--text", texts[0], "--approximate")
+    assert code == 0 and "FlashHead exact" not in without
     kl = found["overall"]["heads"]["FlashHead 30"]["kl"]
     assert f"{kl:.5f}" in output and " of 2" in output
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 9999

@@ -28,6 +28,8 @@ def benchmark(
     max_tokens: int | None,
     repeats: int | None,
     n_probes: int | None,
+    verify_every: int | None,
+    exact: bool | None,
     quick: bool,
     everything: bool,
     energy: bool,
@@ -41,6 +43,7 @@ def benchmark(
 
     Args:
         kinds: Of the heads, as ``--heads`` names them.
+        exact: Whether of exact and approximate FlashHeads only the one or the other.
         everything: ``--all``.
         json_path: ``--json``.
         command: The command line, for the footer.
@@ -61,7 +64,11 @@ def benchmark(
     check(model)
     # Before this process fills the memory.
     opened = _loading(model, against, 1 if quick else repeats) if load else []
-    competitors, note = heads(model, kinds, n_probes)
+    other_one = None if exact is None else "flash" if exact else "exact"
+    kinds = tuple(kind for kind in kinds if kind != other_one)
+    if not kinds:
+        raise ValueError("--heads names only what --exact/--approximate leaves out")
+    competitors, note = heads(model, kinds, n_probes, verify_every)
     for name in against:
         try:
             competitors.append(other(name))

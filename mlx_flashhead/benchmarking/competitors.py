@@ -17,6 +17,7 @@ from ..compute.table import Table
 from ..folder.section import has_section
 from ..head import FlashHead, prefers_dense
 from ..head.transform import Transform
+from ..integration.decode import slot_of
 from ..integration.locate import (
     HeadNotFound,
     find_head,
@@ -35,7 +36,7 @@ from ..sampling import draw, fits
 from .latency import Step
 
 # As --heads names them.
-HEADS = ("16", "8", "4", "flash")
+HEADS = ("16", "8", "4", "flash", "exact")
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -84,6 +85,9 @@ class Competitor:
         module: What stands at ``path`` with this head.
         transform: What the model does to the head's logits, where that is known.
         nbytes: Bytes of the parameters, as a model with this head alone holds them.
+        head_bytes: Bytes of the head that a step reads; in exact decoding, that a draft
+            reads.
+        verified_bytes: Bytes that each verification reads, in exact decoding.
     """
 
     name: str
@@ -95,6 +99,8 @@ class Competitor:
     module: nn.Module | None
     transform: Transform | None
     nbytes: int
+    head_bytes: int | None = None
+    verified_bytes: int | None = None
 
     def place(self) -> nn.Module:
         """The model, with this head in it."""
@@ -104,9 +110,10 @@ class Competitor:
 
     def step(self, sampler: Sampler) -> Step | None:
         """From hidden states ``[B, D]`` to tokens ``[B]``, as decoding does it with a
-        sampler of mlx-lm's; ``None`` where the head is not known."""
+        sampler of mlx-lm's; ``None`` where the head is not known, or not one step's."""
         head, transform = self.head, self.transform or Transform()
-        if head is None:
+        if head is None or self.kind == "exact":
+            # A verification is of several steps.
             return None
         logits_of: Callable[[mx.array], mx.array] = (
             head.as_linear if hasattr(head, "as_linear") else head
@@ -153,7 +160,10 @@ def check(folder: str | Path) -> None:
 
 
 def heads(
-    folder: str | Path, kinds: Iterable[str], n_probes: int | None = None
+    folder: str | Path,
+    kinds: Iterable[str],
+    n_probes: int | None = None,
+    verify_every: int | None = None,
 ) -> tuple[list[Competitor], str]:
     """The heads of a converted folder on one body, and what is to say of them.
 
@@ -165,14 +175,26 @@ def heads(
         ValueError: The folder has no FlashHead, or its head cannot be quantized.
     """
     model, tokenizer = load(folder, dense=True)
-    # Lazily: only the head of this one is ever read.
-    loaded, _ = load(folder, lazy=True, exact=False, n_probes=n_probes)
-    flash = next(flash_heads(loaded), None)
-    if flash is None:
+    kinds = list(kinds)
+    # Lazily: only the heads of these are ever read.
+    slots = {
+        kind: slot_of(
+            load(
+                folder,
+                lazy=True,
+                exact=kind == "exact",
+                n_probes=n_probes,
+                verify_every=verify_every,
+            )[0]
+        )
+        for kind in {"flash", *kinds} & {"flash", "exact"}
+    }
+    if slots["flash"] is None:
         raise ValueError(
             f"--model {folder} has no FlashHead, or MLX_FLASHHEAD=0 switches it off"
         )
     path = find_head(model)
+    transform = slots["flash"].head.transform
     stored = get_module(model, path)
     tied = is_tied(model, path)
     table = head_table(stored)
@@ -182,10 +204,18 @@ def heads(
     competitors = []
     head: FlashHead | DenseHead
     for kind in kinds:
-        if kind == "flash":
-            head = flash
+        slot: nn.Module | None = None
+        verified_bytes = None
+        if (theirs := slots.get(kind)) is not None:
+            head = theirs.head
             share = 100 * head.rows_read() / head.vocab_size
             name = f"FlashHead {head.rows.bits}-bit ({share:.1f} % of rows)"
+            # For a text of any tokens, those that end one included.
+            slot = FlashLinear(head)
+            if kind == "exact":
+                slot.decoding, slot.verify_every = "exact", theirs.verify_every
+                name = f"FlashHead exact {head.rows.bits}-bit (p {head.n_probes})"
+                verified_bytes = head.rows.nbytes
         elif kind == "16":
             head = DenseHead(unquantized, bias)
             name = f"dense {unquantized.bits}-bit"
@@ -195,7 +225,8 @@ def heads(
             head = DenseHead(rows, bias)
             name = f"dense {kind}-bit"
         mx.eval(head.parameters())
-        slot = FlashLinear(head) if isinstance(head, FlashHead) else head
+        slot = slot or head
+        flash = isinstance(head, FlashHead)
         competitors.append(
             Competitor(
                 name=name,
@@ -205,8 +236,10 @@ def heads(
                 path=path,
                 head=head,
                 module=SplitEmbedding(stored, slot) if tied else slot,
-                transform=flash.transform,
+                transform=transform,
                 nbytes=body + _nbytes(head),
+                head_bytes=head.bytes_read() if flash else head.rows.nbytes,
+                verified_bytes=verified_bytes,
             )
         )
     note = "Only the head differs; body, embedding, prompt and sampler are the same."

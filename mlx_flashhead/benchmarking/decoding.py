@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..integration.exact import Verification, verification
 from .competitors import Sampler
 
 # Not "from mlx_lm import generate": that name is a function's.
@@ -36,6 +37,7 @@ class Run:
         step: Mean seconds per decode step after that; it makes a token per sequence.
         peak_bytes: Greatest memory use, with the parameters of this model only.
         begin, end: When the decode steps began and ended, by ``time.perf_counter``.
+        verified: What exact decoding did.
     """
 
     first_token: float
@@ -43,6 +45,7 @@ class Run:
     peak_bytes: int
     begin: float
     end: float
+    verified: Verification
 
 
 def prompts(
@@ -88,7 +91,7 @@ def run(
     mx.clear_cache()
     mx.reset_peak_memory()
     resident = mx.get_active_memory()
-    with _generate.wired_limit(model):
+    with _generate.wired_limit(model), verification() as verified:
         begin = time.perf_counter()
         times = []
         for _ in steps(model, prompts, sampler, max_tokens):
@@ -99,7 +102,7 @@ def run(
         mx.synchronize(_generate.generation_stream)
     peak = mx.get_peak_memory() - resident + parameter_bytes
     each = (times[-1] - times[0]) / (len(times) - 1)
-    return Run(times[0] - begin, each, peak, times[0], times[-1])
+    return Run(times[0] - begin, each, peak, times[0], times[-1], verified)
 
 
 def _single(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 from mlx_lm.sample_utils import make_sampler
 
 from ..compute.device import on_gpu
+from ..integration.exact import Verification
 from .competitors import Competitor, Sampler
 from .decoding import Run, prompts, run
 from .energy import Meter
@@ -65,6 +66,10 @@ class Row(TypedDict):
         tokens_per_second: Of all sequences together, the first token apart.
         first_token_seconds: From the call to the first token of every sequence.
         head_seconds_per_token: Of the head alone; ``None`` where it is not known.
+        head_bytes_per_token: Of the head, read for each token of one sequence; ``None``
+            in batches, and for other models.
+        acceptance, waste: Of the drafts of exact decoding, those that stood, and of the
+            body's steps those that were thrown away, 0 to 1; else ``None``.
         head_share: The head's median share of the time of a decode step, 0 to 1.
         peak_bytes: Greatest memory use.
         joules_per_token: Energy of the device; ``None`` where it is not told.
@@ -80,6 +85,9 @@ class Row(TypedDict):
     tokens_per_second: Spread
     first_token_seconds: Spread
     head_seconds_per_token: Spread | None
+    head_bytes_per_token: float | None
+    acceptance: float | None
+    waste: float | None
     head_share: float | None
     peak_bytes: int
     joules_per_token: Spread | None
@@ -88,9 +96,9 @@ class Row(TypedDict):
 
 # So that a small model takes a few minutes.
 GPU = Limits(batch_size=16, prompt_tokens=16_384, max_tokens=64)
-CPU = Limits(batch_size=1, prompt_tokens=512, max_tokens=16)
+CPU = Limits(batch_size=1, prompt_tokens=512, max_tokens=64)
 QUICK_GPU = Limits(batch_size=1, prompt_tokens=32, max_tokens=32)
-QUICK_CPU = Limits(batch_size=1, prompt_tokens=32, max_tokens=8)
+QUICK_CPU = Limits(batch_size=1, prompt_tokens=32, max_tokens=32)
 
 
 def limits(quick: bool) -> Limits:
@@ -230,6 +238,11 @@ def _row(
     meter: Meter,
 ) -> Row:
     b = cell.batch_size
+    verified = sum((r.verified for r in runs), Verification())
+    bytes_read = float(c.head_bytes) if c.head_bytes is not None and b == 1 else None
+    if bytes_read is not None and c.verified_bytes is not None and verified.tokens:
+        bytes_read *= verified.steps / verified.tokens
+        bytes_read += c.verified_bytes * verified.verifications / verified.tokens
     step = spread(r.step for r in runs)
     n_tokens = b * (max_tokens - 1)
     told = (meter.joules(r.begin, r.end) for r in runs)
@@ -244,6 +257,9 @@ def _row(
         "tokens_per_second": spread(b / r.step for r in runs),
         "first_token_seconds": spread(r.first_token for r in runs),
         "head_seconds_per_token": spread(t / b for t in head) if head else None,
+        "head_bytes_per_token": bytes_read,
+        "acceptance": verified.acceptance if verified.tokens else None,
+        "waste": verified.waste if verified.tokens else None,
         "head_share": spread(head)["median"] / step["median"] if head else None,
         "peak_bytes": max(r.peak_bytes for r in runs),
         "joules_per_token": spread(energy) if energy else None,

@@ -58,7 +58,9 @@ def cell_table(rows: Sequence[Row]) -> str:
     header = ["sampler", "head", "tokens/s (min to max)"]
     if base is not None:
         header.append(f"x {base}")
-    header += ["first token, ms", "head, ms/token", "share", "peak GB"]
+    drafts = any(r["acceptance"] is not None for r in rows)
+    header += ["first token, ms", "head, ms/token", "share", "head MB/token"]
+    header += ["drafts that stood", "thrown away"] * drafts + ["peak GB"]
     header += ["J/token"] * energy
     table = [header]
     for r in rows:
@@ -72,6 +74,10 @@ def cell_table(rows: Sequence[Row]) -> str:
         row.append("-" if head is None else f"{1e3 * head['median']:.3g}")
         share = r["head_share"]
         row.append("-" if share is None else f"{100 * share:.0f} %")
+        read = r["head_bytes_per_token"]
+        row.append("-" if read is None else f"{read / 1e6:.1f}")
+        for rate in (r["acceptance"], r["waste"]) if drafts else ():
+            row.append("-" if rate is None else f"{100 * rate:.1f} %")
         row.append(f"{r['peak_bytes'] / 1e9:.2f}")
         if energy:
             joules = r["joules_per_token"]

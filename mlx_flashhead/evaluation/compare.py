@@ -22,8 +22,10 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..compute.linalg import blocks
 from ..compute.table import Table
+from ..folder.section import Draft
 from ..head import ALWAYS, FlashHead, masses
 from ..integration.locate import answering, find_head, get_module, head_table
+from .drafts import bytes_per_token
 from .fidelity import (
     HeadLogits,
     Implied,
@@ -38,6 +40,8 @@ from .fidelity import (
 # Bits of the dense heads, and weights per scale, as mlx_lm.convert -q makes them.
 DENSE_BITS = (8, 4)
 DENSE_GROUP_SIZE = 64
+# The name of exact decoding: FlashHead drafts, and the dense head verifies.
+EXACT = "FlashHead exact"
 # Numbers of probes, in those that are stored.
 LADDER = (0.25, 0.5, 1, 2, 4)
 # A first difference is a near-tie if the reference's logits of the two tokens are no
@@ -46,7 +50,7 @@ NEAR_TIE = 0.1
 
 # Means per token, and what each is, of a head compared with the reference.
 MEASURES = {
-    "recall": "share of tokens whose best token is probed",
+    "recall": "share of tokens whose best token is probed, exact: by the draft",
     "top10_recall": "share of the ten best tokens that are probed",
     "agreement": "share of tokens whose best token is the head's choice",
     "probed_mass": "probability of what is probed",
@@ -87,9 +91,7 @@ def own_reference(folder: str | Path, path: str) -> Reference:
     Raises:
         ValueError: It is quantized.
     """
-    # mlx-lm's own, patched or not: the head as it is in the file.
-    model, _ = inspect.unwrap(utils.load_model)(Path(folder), lazy=True)
-    table = head_table(get_module(model, path))
+    model, table = _stored_model(folder), own_table(folder, path)
     if table.quantized:
         raise ValueError(
             f"{folder} holds its dense head in {table.bits} bits: name the model that "
@@ -97,6 +99,18 @@ def own_reference(folder: str | Path, path: str) -> Reference:
             "GGUF file)"
         )
     return Reference.of(str(folder), model, path)
+
+
+def own_table(folder: str | Path, path: str) -> Table:
+    """The rows ``[V, D]`` of the dense head of a converted folder's plain model."""
+    return head_table(get_module(_stored_model(folder), path))
+
+
+def _stored_model(folder: str | Path) -> nn.Module:
+    """The plain model, lazily, by mlx-lm's own loader, patched or not: everything is as
+    it is in the files."""
+    model, _ = inspect.unwrap(utils.load_model)(Path(folder), lazy=True)
+    return model
 
 
 def read_reference(name: str, head: FlashHead) -> Reference:
@@ -133,9 +147,10 @@ class Head:
 
     Attributes:
         name: As tables and figures call it.
-        kind: ``"dense"`` or ``"flashhead"``.
+        kind: ``"dense"``, ``"flashhead"`` or ``"exact"``.
         bits: Of its rows.
-        n_probes: Clusters probed; ``None`` for a dense head.
+        n_probes: Clusters probed, for a draft where it is exact; ``None`` for a dense
+            head.
         stored: Whether it is the FlashHead as it is in the folder.
         rows_read: Rows read per token, centroids included.
         bytes_read: Bytes read per token.
@@ -213,6 +228,8 @@ class Comparison:
         reference: The unquantized head that it stands for.
         n_probes: Numbers of probes to compare beside the stored one. Default: LADDER
           times it.
+        exact: The rows ``[V, D]`` that verify in exact decoding, and how it drafts;
+          ``None`` leaves it out.
 
     Attributes:
         heads: What is compared.
@@ -226,6 +243,7 @@ class Comparison:
         head: FlashHead,
         reference: Reference,
         n_probes: Sequence[int] | None = None,
+        exact: tuple[Table, Draft] | None = None,
     ):
         self._head = head
         self._order = row_order(head)
@@ -265,23 +283,45 @@ class Comparison:
             self.heads.append(
                 Head(name, "flashhead", head.rows.bits, p, p == stored, *read)
             )
+        self._exact: tuple[Logits, int] | None = None
+        if exact is not None:
+            table, draft = exact
+            self._exact = logits(table), draft.n_probes
+            # For each token: those of its draft, and its share of a verification.
+            read = (
+                head.n_clusters
+                + draft.n_probes * head.cluster_size
+                + head.vocab_size // draft.verify_every,
+                int(bytes_per_token(head, table.nbytes, draft)),
+            )
+            self.heads.append(
+                Head(EXACT, "exact", table.bits, draft.n_probes, True, *read)
+            )
 
     def _each(
         self, h: np.ndarray
-    ) -> Iterator[tuple[str, Truth, HeadLogits, np.ndarray, np.ndarray | None]]:
-        """Name, reference, head, what is probed and estimated log-masses, of each head
-        for states ``[n, D]``."""
+    ) -> Iterator[
+        tuple[str, Truth, HeadLogits, np.ndarray, np.ndarray | None, np.ndarray]
+    ]:
+        """Name, reference, head, what counts with its own logits, estimated log-masses
+        and what is probed, of each head for states ``[n, D]``."""
         truth = Truth(self._reference(h))
         everything = np.ones((len(h), self._head.n_clusters), bool)
         for name, logits in self._dense.items():
-            yield name, truth, HeadLogits(logits(h)), everything, None
+            yield name, truth, HeadLogits(logits(h)), everything, None, everything
         other = HeadLogits(self._stored(h))
         scores = self._centroid_logits(h)
         log_masses = np.array(masses.log_masses(self._head, scores))
         for name, p in self._flash.items():
             probes = self._head.select(scores, p)
             probed = probed_clusters(probes, self._head.n_clusters)
-            yield name, truth, other, probed, log_masses
+            yield name, truth, other, probed, log_masses, probed
+        if self._exact is not None:
+            verifying, p = self._exact
+            drafted = probed_clusters(
+                self._head.select(scores, p), self._head.n_clusters
+            )
+            yield EXACT, truth, HeadLogits(verifying(h)), everything, None, drafted
 
     def _blocks(self, states: np.ndarray) -> Iterator[slice]:
         return blocks(len(states), len(self._order))
@@ -299,12 +339,12 @@ class Comparison:
             positions = np.array(self._head.positions[mx.array(tokens[s], mx.uint32)])
             positions = positions.astype(np.int64)
             log_p = 0.0
-            for name, truth, other, probed, log_masses in self._each(h):
-                implied = Implied(truth, other, probed, log_masses)
+            for name, truth, other, counted, log_masses, probed in self._each(h):
+                implied = Implied(truth, other, counted, log_masses)
                 values = {
                     "recall": truth.recall(probed),
                     "top10_recall": truth.top_recall(probed),
-                    "agreement": other.best(probed) == truth.best,
+                    "agreement": other.best(counted) == truth.best,
                     "probed_mass": implied.probed_mass,
                     "kl": implied.kl(),
                     "total_variation": implied.total_variation(),
@@ -320,8 +360,8 @@ class Comparison:
         """The greedy choice of each head on states ``[n, D]``."""
         parts: dict[str, list[Choices]] = {}
         for s in self._blocks(states):
-            for name, truth, other, probed, _ in self._each(states[s]):
-                best = other.best(probed)
+            for name, truth, other, counted, *_ in self._each(states[s]):
+                best = other.best(counted)
                 choices = Choices(best == truth.best, truth.gap(best))
                 parts.setdefault(name, []).append(choices)
         return {

@@ -26,7 +26,7 @@ The figures, as :func:`evaluate` returns and ``--json`` writes them::
                                           "rows_read" and "bytes_read"
       "heads": [{
         "name": HEAD,
-        "kind": "dense" or "flashhead",
+        "kind": "dense", "flashhead" or "exact",
         "bits": int,                      of its rows
         "n_probes": int or null,
         "stored": bool,                   the FlashHead as it is in the folder
@@ -45,23 +45,28 @@ The figures, as :func:`evaluate` returns and ``--json`` writes them::
       }]
     }
 
-A dense head probes everything. The distribution of a FlashHead is the
-one that sampling at temperature 1 draws from, the whole vocabulary's.
+A dense head probes everything. In exact decoding the rows of the dense head decide: its
+recall is that of the drafts, its bytes those of a token that is kept. The distribution
+of a FlashHead is the one that sampling at temperature 1 draws from, the whole
+vocabulary's.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from ..compute.table import Table
 from ..folder.format import load_head
-from ..folder.section import read_section
+from ..folder.section import Draft, Section, read_section
+from ..head import FlashHead
+from ..integration.loading import VERIFY_EVERY
 from ..integration.locate import find_transform
 from ..load import load
 from .compare import (
@@ -70,6 +75,7 @@ from .compare import (
     Sums,
     continue_greedily,
     own_reference,
+    own_table,
     read_reference,
 )
 from .states import stream_states
@@ -87,6 +93,8 @@ def evaluate(
     n_probes: Sequence[int] | None = None,
     prompts: Sequence[str] = (),
     max_tokens: int = MAX_TOKENS,
+    exact: bool = True,
+    verify_every: int | None = None,
     verbose: bool = True,
 ) -> dict[str, Any]:
     """Compare heads; memory does not grow with the number of tokens.
@@ -101,6 +109,8 @@ def evaluate(
           times it.
         prompts: To be continued greedily.
         max_tokens: Longest continuation.
+        exact: Whether exact decoding is among what is compared.
+        verify_every: Tokens that it verifies at once, instead of the stored number.
         verbose: Whether to show progress, on standard error.
 
     Returns:
@@ -124,7 +134,8 @@ def evaluate(
         standard = own_reference(folder, path)
     else:
         standard = read_reference(reference, head)
-    comparison = Comparison(head, standard, n_probes)
+    verifying = _verifying(folder, section, head, verify_every) if exact else None
+    comparison = Comparison(head, standard, n_probes, verifying)
 
     ids = [
         _encode(tokenizer, text, tokens, name)
@@ -174,6 +185,17 @@ def evaluate(
         "overall": total,
         "heads": heads,
     }
+
+
+def _verifying(
+    folder: str | Path, section: Section, head: FlashHead, verify_every: int | None
+) -> tuple[Table, Draft]:
+    """The rows ``[V, D]`` that verify in exact decoding, and how it drafts."""
+    draft = section.draft or Draft(section.n_probes, VERIFY_EVERY, 1.0)
+    draft = replace(draft, verify_every=verify_every or draft.verify_every)
+    if draft.rows == "stored":
+        return head.rows.flat.map(lambda a: a[head.positions]), draft
+    return own_table(folder, section.head_path), draft
 
 
 def _bar(total: int, unit: str, verbose: bool) -> tqdm[Any]:

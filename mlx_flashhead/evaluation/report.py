@@ -19,7 +19,8 @@ _COLUMNS = {
 }
 
 _LEGEND = """\
-recall: the reference's best token is probed; top-10: share of its ten best; agree: the
+recall: the reference's best token is probed (exact: by the draft; MB: of a token that
+is kept); top-10: share of its ten best; agree: the
 same token is chosen; mass: probability of what is probed; all in per cent. KL in nats,
 TV, ppl x (perplexity over the reference's): of the distribution over the whole
 vocabulary that sampling draws from. * as stored in the folder."""

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import mlx.core as mx
@@ -51,6 +51,11 @@ class Verification:
     verifications: int = 0
     drafted: int = 0
     accepted: int = 0
+
+    def __add__(self, other: Verification) -> Verification:
+        return Verification(
+            *(a + b for a, b in zip(astuple(self), astuple(other), strict=True))
+        )
 
     @property
     def acceptance(self) -> float:
