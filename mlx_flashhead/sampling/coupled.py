@@ -30,22 +30,27 @@ N_FILTERED = 1024
 
 
 class Noise(NamedTuple):
-    """Gumbel noise of one position: of clusters ``[C]`` and of a cluster's rows
-    ``[m]``, float32, and one uniform number."""
+    """Noise of k positions, float32: Gumbel numbers of clusters ``[k, C]`` and of a
+    cluster's rows ``[k, m]``, and uniform ones ``[k]``."""
 
     clusters: mx.array
     rows: mx.array
-    coin: mx.array
+    coins: mx.array
 
     @classmethod
-    def make(cls, head: FlashHead, key: mx.array) -> Noise:
-        """The noise of a key, uint32 ``[2]``."""
-        keys = mx.random.split(key, 3)
-        return cls(
-            mx.random.gumbel((head.n_clusters,), key=keys[0]),
-            mx.random.gumbel((head.cluster_size,), key=keys[1]),
-            mx.random.uniform(key=keys[2]),
-        )
+    def make(cls, head: FlashHead, keys: mx.array) -> Noise:
+        """The noise of keys, uint32 ``[k, 2]``: that of each depends on it alone."""
+
+        def of_one(key: mx.array) -> tuple[mx.array, ...]:
+            parts = mx.random.split(key, 3)
+            return (
+                mx.random.gumbel((head.n_clusters,), key=parts[0]),
+                mx.random.gumbel((head.cluster_size,), key=parts[1]),
+                mx.random.uniform(key=parts[2]),
+            )
+
+        # One generation for all keys, where one for each would be as many launches.
+        return cls(*mx.vmap(of_one)(keys))
 
 
 class Drawn(NamedTuple):
@@ -101,20 +106,20 @@ def _draft(
         logits = _processed(head, processors, context, h, probes, logits)
     if settings is None or settings.greedy:
         return _lowest(logits.reshape(1, -1), ids.reshape(-1), head.vocab_size)
-    noise = Noise.make(head, key)
+    noise = Noise.make(head, key[None])
     every = masses.log_masses(head, centroid_logits, settings.temp)[0]
     rules = _rules(settings)
     if rules is not None:
         at_one = masses.log_masses(head, centroid_logits, 1.0)[0]
         rest = mx.logsumexp(mx.put_along_axis(at_one, probes, mx.array(-mx.inf), 0))
         filtered, tail = _filter(
-            settings, rules, logits[None], ids[None], noise.coin[None], rest[None]
+            settings, rules, logits[None], ids[None], noise.coins, rest[None]
         )
         logits = filtered[0]
         every = mx.where(tail, every, -mx.inf)
     heated = logits / settings.temp
     every = mx.put_along_axis(every, probes, mx.logsumexp(heated, axis=-1), axis=0)
-    cluster = mx.argmax(every + noise.clusters)[None]
+    cluster = mx.argmax(every + noise.clusters[0])[None]
     rows = mx.where((probes == cluster)[:, None], heated, -mx.inf).max(
         axis=0, keepdims=True
     )
@@ -124,7 +129,7 @@ def _draft(
         scored = mx.where(scored > -mx.inf, head.transform(scored), -mx.inf)
         probed = (probes == cluster).any()
         rows = mx.where(probed, rows, scored / settings.temp)
-    row = mx.argmax(rows[0] + noise.rows)
+    row = mx.argmax(rows[0] + noise.rows[0])
     return head.token_ids[cluster, row[None]]
 
 
@@ -132,7 +137,7 @@ def draw(
     head: FlashHead,
     settings: Settings,
     logits: mx.array,
-    keys: list[mx.array],
+    keys: mx.array,
     n_filtered: int = N_FILTERED,
 ) -> Drawn:
     """What the dense head draws at k positions.
@@ -141,9 +146,20 @@ def draw(
         head: The head.
         settings: How to draw.
         logits: All the model's logits of each position, in cluster order, ``[k, V]``.
-        keys: Key of each position, uint32 ``[2]``.
+        keys: Key of each position, uint32 ``[k, 2]``.
         n_filtered: Clusters that filters look at; all are always enough.
     """
+    return Drawn(*run(head, _draw, (settings, n_filtered), logits, keys))
+
+
+def _draw(
+    head: FlashHead,
+    settings: Settings,
+    n_filtered: int,
+    logits: mx.array,
+    keys: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """:func:`draw`, of arrays alone."""
     k = len(logits)
     certain = mx.ones(k, mx.bool_)
     if settings.greedy:
@@ -151,14 +167,13 @@ def draw(
             # mlx-lm chooses among log-probabilities in these bits, ties included.
             logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         ids = head.token_ids.reshape(-1)[: head.vocab_size]
-        return Drawn(_lowest(logits, ids, head.vocab_size), certain)
+        return _lowest(logits, ids, head.vocab_size), certain
     whole = logits.astype(mx.float32)
     if head.padding:
         padding = mx.full((k, head.padding), -mx.inf)
         whole = mx.concatenate([whole, padding], axis=-1)
     clustered = whole.reshape(k, head.n_clusters, head.cluster_size)
-    noises = [Noise.make(head, key) for key in keys]
-    noise = mx.stack([each.clusters for each in noises])
+    noise, of_rows, coins = Noise.make(head, keys)
     rules = _rules(settings)
     if rules is None:
         chosen = mx.broadcast_to(mx.arange(head.n_clusters), noise.shape)
@@ -173,7 +188,6 @@ def draw(
         before = mx.take_along_axis(clustered, chosen[..., None], axis=1)
         inside = mx.logsumexp(before.reshape(k, -1), axis=-1)
         rest = log_z + mx.log(1 - mx.exp(mx.minimum(inside - log_z, 0)))
-        coins = mx.stack([each.coin for each in noises])
         ids = head.token_ids[chosen]
         filtered, _ = _filter(settings, rules, before, ids, coins, rest)
         every = mx.logsumexp(filtered / settings.temp, axis=-1)
@@ -196,9 +210,9 @@ def draw(
         clustered = filtered
     at = mx.argmax(every + noise, axis=-1, keepdims=True)
     rows = mx.take_along_axis(clustered, at[..., None], axis=1)[:, 0] / settings.temp
-    row = mx.argmax(rows + mx.stack([each.rows for each in noises]), axis=-1)
+    row = mx.argmax(rows + of_rows, axis=-1)
     cluster = mx.take_along_axis(chosen, at, axis=-1)[:, 0]
-    return Drawn(head.token_ids[cluster, row], certain)
+    return head.token_ids[cluster, row], certain
 
 
 def _lowest(logits: mx.array, ids: mx.array, vocab_size: int) -> mx.array:
