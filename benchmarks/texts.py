@@ -40,7 +40,7 @@ TEXTS = {
     "code": [
         'def fibonacci(n):\n    """Return the n-th Fibonacci number."""\n',
         "import numpy as np\n\ndef softmax(x, axis=-1):\n",
-        "#include <stdio.h>\n\nint main(void) {\n    int numbers[5] = {3, 1, 4, 1, 5};\n",
+        "#include <stdio.h>\n\nint main(void) {\n    int numbers[] = {3, 1, 4};\n",
         "SELECT customers.name, SUM(orders.total)\nFROM customers\n",
     ],
     "chat": [

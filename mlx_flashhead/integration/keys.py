@@ -34,5 +34,5 @@ class Keys:
             words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32)
             self._start = cast(list[int], words.tolist())
         high, low = self._start
-        words = [[high, (low + n + i) & 0xFFFFFFFF] for i in range(k)]
-        return mx.array(words, dtype=mx.uint32)
+        keys = [[high, (low + n + i) & 0xFFFFFFFF] for i in range(k)]
+        return mx.array(keys, dtype=mx.uint32)

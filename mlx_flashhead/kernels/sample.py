@@ -32,7 +32,7 @@ _SOURCE = """
     threadgroup uint words[2];
 
     if (tid < 2) {
-        words[tid] = random_word(key[0], key[1], 2 * row + tid, logits_shape[0]);
+        words[tid] = random_word(key[0], key[1], 2 * row + tid, 2 * logits_shape[0]);
     }
     float top = -INFINITY;
 #pragma unroll 4
@@ -199,13 +199,16 @@ inline ulong simd_get(ulong v, uint lane) {
     return ulong(high) << 32 | low;
 }
 
-// Word i of mx.random.split(key, n): Threefry 2x32 with 20 rounds (Salmon et al.,
-// "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-inline uint random_word(uint key0, uint key1, uint i, uint n) {
+// Word i of the size words of mx.random.bits with a key: Threefry 2x32 with 20 rounds
+// (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), which makes
+// two words at once, half of the size apart.
+inline uint random_word(uint key0, uint key1, uint i, uint size) {
+    uint n = (size + 1) / 2;
+    uint partner = i + n < size ? i + n : 0;
     uint keys[3] = {key0, key1, key0 ^ key1 ^ 0x1bd11bdau};
     const int rotations[8] = {13, 15, 26, 6, 17, 29, 16, 24};
     uint a = (i < n ? i : i - n) + keys[0];
-    uint b = (i < n ? i + n : i) + keys[1];
+    uint b = (i < n ? partner : i) + keys[1];
     for (uint round = 0; round < 20; round++) {
         int r = rotations[round % 8];
         a += b;

@@ -131,6 +131,8 @@ inline T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
 inline T max(T a, T b) { return a < b ? b : a; }
 #define exp __builtin_expf  // no function: some libraries have a global one
+#define log __builtin_logf
+#define tanh __builtin_tanhf
 inline uint mulhi(uint a, uint b) { return uint(uint64_t(a) * b >> 32); }
 
 #define EMU_REDUCE(NAME, EXPRESSION)                           \
