@@ -118,12 +118,12 @@ _GREEDY = """
 """
 
 _SAMPLED = """
-    constexpr int N = (P * M + THREADS - 1) / THREADS;
     constexpr int SIMDGROUPS = THREADS / 32;
     uint tid = thread_position_in_threadgroup.x;
     uint lane = thread_index_in_simdgroup;
     uint group = simdgroup_index_in_threadgroup;
     uint row = threadgroup_position_in_grid.y;
+    uint P = probes_shape[1];
     size_t base = size_t(row) * P * M;
     float temperature = as_type<float>(settings[0]);
     float scale = as_type<float>(settings[1]);
@@ -139,7 +139,6 @@ _SAMPLED = """
     threadgroup ulong totals[32];
     threadgroup ulong inverse[1];
     threadgroup uint words[4];
-    threadgroup uint place[1];
     threadgroup float scored[M];
 
     if (tid < 4) {
@@ -151,7 +150,7 @@ _SAMPLED = """
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint q = tid; q < P; q += THREADS) {
         uint c = probes[size_t(row) * P + q];
-        atomic_fetch_add_explicit(
+        atomic_fetch_or_explicit(
             &probed[c / 32], 1u << (c % 32), memory_order_relaxed);
     }
     float top = -INFINITY;
@@ -278,18 +277,19 @@ _SAMPLED = """
             }
         }
     }
-    if (tid == 0) {
-        place[0] = ~0u;
-    }
     find_best<THREADS>(best, cluster, bests, ats, lane, group);
     cluster = cluster < C ? cluster : 0;
-    for (uint q = tid; q < P; q += THREADS) {
-        if (probes[size_t(row) * P + q] == cluster) {
-            place[0] = q;
-        }
+    uint q = ~0u;
+    for (uint i = tid; i < P; i += THREADS) {
+        q = probes[size_t(row) * P + i] == cluster && i < q ? i : q;
+    }
+    q = simd_min(q);
+    if (lane == 0) {
+        ats[group] = q;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    uint q = place[0];
+    q = simd_min(lane < SIMDGROUPS ? ats[lane] : ~0u);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // Its logits: those that there are, or those of the rows, scored here.
     if (TAIL && q == ~0u) {
@@ -495,7 +495,8 @@ def draft_greedy(
 
     Args:
         logits: Exact logits of the head, float32 ``[B, p * m]``; ``-inf`` for padding.
-        probes: Probed clusters, uint32 ``[B, p]``.
+        probes: Probed clusters, uint32 ``[B, p]``. One may stand there again, its
+            logits then ``-inf``.
         token_ids: Token of each row, uint32 ``[C, m]``.
         shaping: What the model makes of logits.
 
@@ -549,7 +550,7 @@ def draft_sampled(
         options = _options(law, probes.shape[1], *token_ids.shape)
         names = [str(shaping.rounding), str(tail.centroid_logits.dtype)]
         names += [n for n, on in options.items() if on]
-        names += [f"{len(token_ids)} clusters of {m}, p {probes.shape[1]}"]
+        names += [f"{len(token_ids)} clusters of {m}"]
         if options["TAIL"]:
             rows = tail.rows
             kind = rows.scales.dtype if rows.scales is not None else rows.x.dtype
@@ -600,8 +601,14 @@ def _reference(
         kept, tail_kept = filters.keep(distance, law.rules, behind, drops, exempt)
         values = mx.where(kept, values, -mx.inf)
         every = mx.where(tail_kept[:, None], every, -mx.inf)
+    if law.drops_tail:
+        every = mx.full(every.shape, -mx.inf)
     heated = values.reshape(b, p, m) / temperature
-    every = mx.put_along_axis(every, probes, mx.logsumexp(heated, axis=-1), axis=1)
+    # A cluster may stand twice, but then its rows count once.
+    every = mx.put_along_axis(every, probes, mx.array(-mx.inf), axis=1)
+    every = every.at[mx.arange(b)[:, None], probes].maximum(
+        mx.logsumexp(heated, axis=-1)
+    )
     cluster = mx.argmax(every + noise.clusters, axis=-1)
     of_cluster = probes == cluster[:, None]
     rows = mx.where(of_cluster[..., None], heated, -mx.inf).max(axis=1)
@@ -678,7 +685,6 @@ def _launch_sampled(
         ],
         template=[
             ("T", rows.x.dtype),
-            ("P", probes.shape[1]),
             ("C", len(token_ids)),
             ("M", token_ids.shape[1]),
             ("D", rows.x.shape[1]),
