@@ -452,6 +452,7 @@ class Tail(NamedTuple):
         at_one: The same at temperature 1, for filters.
         score: Exact logits ``[B, 1, m]`` of the rows of clusters ``[B, 1]``.
         rows: The table that these come from; ``None`` where a kernel cannot read it.
+        empty: Whether there are none.
     """
 
     centroid_logits: mx.array
@@ -459,6 +460,7 @@ class Tail(NamedTuple):
     at_one: mx.array
     score: Callable[[mx.array], mx.array]
     rows: Rows | None
+    empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -547,7 +549,7 @@ def draft_sampled(
     m = token_ids.shape[1]
     threads = LARGE_GROUP if max(logits.shape[1], len(token_ids)) > 2048 else 256
     if law.has_kernel and tail.rows is not None:
-        options = _options(law, probes.shape[1], *token_ids.shape)
+        options = _options(law, logits.shape[1], tail)
         names = [str(shaping.rounding), str(tail.centroid_logits.dtype)]
         names += [n for n, on in options.items() if on]
         names += [f"{len(token_ids)} clusters of {m}"]
@@ -558,10 +560,9 @@ def draft_sampled(
             names.append(f"groups of {rows.group_size}, {rows.x.dtype}")
         names.append(f"{threads} threads")
         variant = f"draft_sampled({', '.join(names)})".replace("mlx.core.", "")
-        sizes = probes.shape[1], len(token_ids), m
 
         def check() -> None:
-            _check_sampled(sizes, shaping, law, tail, threads)
+            _check_sampled(m, shaping, law, tail, threads)
 
         if backend.ready(variant, check):
             return _launch_sampled(
@@ -601,7 +602,7 @@ def _reference(
         kept, tail_kept = filters.keep(distance, law.rules, behind, drops, exempt)
         values = mx.where(kept, values, -mx.inf)
         every = mx.where(tail_kept[:, None], every, -mx.inf)
-    if law.drops_tail:
+    if law.drops_tail or tail.empty:
         every = mx.full(every.shape, -mx.inf)
     heated = values.reshape(b, p, m) / temperature
     # A cluster may stand twice, but then its rows count once.
@@ -612,7 +613,7 @@ def _reference(
     cluster = mx.argmax(every + noise.clusters, axis=-1)
     of_cluster = probes == cluster[:, None]
     rows = mx.where(of_cluster[..., None], heated, -mx.inf).max(axis=1)
-    if not law.drops_tail and p < n_clusters:
+    if not (law.drops_tail or tail.empty):
         # The winner may be a cluster that was not probed: its rows are scored as well.
         scored = tail.score(cluster[:, None].astype(mx.uint32))[:, 0]
         scored = shaping.transformed(scored) / temperature
@@ -628,13 +629,13 @@ def _bits(x: float) -> int:
     return int(np.float32(x).view(np.uint32))
 
 
-def _options(law: Law, p: int, n_clusters: int, m: int) -> dict[str, bool]:
+def _options(law: Law, n_candidates: int, tail: Tail) -> dict[str, bool]:
     rules = law.rules or filters.Rules()
     return {
         "TOP_P": rules.top_p < 1,
-        "TOP_K": 0 < rules.top_k < p * m,
-        "TAIL": not law.drops_tail and p < n_clusters,
-        "TAIL_COUNTS": rules.top_p < 1 and p < n_clusters,
+        "TOP_K": 0 < rules.top_k < n_candidates,
+        "TAIL": not (law.drops_tail or tail.empty),
+        "TAIL_COUNTS": rules.top_p < 1 and not tail.empty,
     }
 
 
@@ -672,7 +673,7 @@ def _launch_sampled(
 ) -> mx.array:
     rules, rows = law.rules or filters.Rules(), tail.rows
     assert rows is not None  # or there is no kernel
-    options = _options(law, probes.shape[1], *token_ids.shape)
+    options = _options(law, logits.shape[1], tail)
     words = [_bits(law.temperature), *shaping.words, rules.limit, rules.share]
     words += [rules.top_k, rows.n_rows]
     return _sampled(
@@ -714,7 +715,7 @@ def _check_greedy(m: int, shaping: Shaping, threads: int) -> None:
 
 
 def _check_sampled(
-    sizes: tuple[int, int, int],
+    m: int,
     shaping: Shaping,
     law: Law,
     tail: Tail,
@@ -722,8 +723,7 @@ def _check_sampled(
 ) -> None:
     """Draws of 64 keys. Rounding may move a few: noise that two clusters share to all
     digits does not happen, but the edge of a filter may lie on a token."""
-    p, c, m = sizes
-    p, c = (97, 97) if p == c else (40, 97)
+    p, c = (97, 97) if tail.empty else (40, 97)
     rows = tail.rows
     assert rows is not None  # or there is no kernel
     b, d = 64, rows.x.shape[1]
@@ -752,6 +752,7 @@ def _check_sampled(
         mx.random.uniform(shape=(c,), key=key),
         score,
         Rows(x, weight, scales, biases, rows.bits, rows.group_size, c * m),
+        tail.empty,
     )
     keys = mx.random.split(key, b)
     args = (logits, probes, ids, shaping, keys, law, other)

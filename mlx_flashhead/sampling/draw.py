@@ -125,7 +125,8 @@ def _draw(
         tokens = kernels.draft_greedy(logits, probes, head.token_ids, shaping)
         return tokens, centroid_logits, probes, exact
     heated, at_one = weights
-    tail = kernels.Tail(of_centroids, heated, at_one, score, rows)
+    all_probed = head.n_probes == head.n_clusters
+    tail = kernels.Tail(of_centroids, heated, at_one, score, rows, all_probed)
     law = kernels.Law(settings.temp, rules_of(settings), settings.xtc_probability)
     exempt = None
     if settings.xtc_special_tokens:
