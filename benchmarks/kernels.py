@@ -115,19 +115,22 @@ def measure(
             n_probes=n_probes,
         )
 
+    def of_masses(head, settings):
+        temperatures = () if settings.greedy else (settings.temp, 1.0)
+        weights = [masses.log_weights(head, t) for t in temperatures]
+        mx.eval(weights)
+        return weights
+
     def whole(settings):
         """The package's own draw, tokens beyond the probed ones included."""
         head = flash_head(8, p)
-        return lambda h, key: _draw(head, settings, h, key)[0]
+        weights = of_masses(head, settings)
+        return lambda h, key: _draw(head, settings, h, key, *weights)[0]
 
     def exact(settings, bits):
         """A chunk of exact decoding; each draft gives the next hidden state."""
         head = flash_head(bits, C // DRAFT_ONE_IN)
-        weights = ()
-        if not settings.greedy:
-            temperatures = (settings.temp, 1.0)
-            weights = [masses.log_weights(head, t) for t in temperatures]
-            mx.eval(weights)
+        weights = of_masses(head, settings)
 
         def step(h, key):
             keys = mx.random.split(key, VERIFY_EVERY)

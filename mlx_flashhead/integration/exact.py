@@ -26,6 +26,7 @@ import mlx.nn as nn
 from ..head import FlashHead, prefers_dense
 from ..sampling import Processor, Settings, coupled, draw, fits
 from ..sampling.draw import known_transform
+from ..sampling.steps import run
 from .keys import Keys
 from .rollback import Rollback, supported
 from .slots import FlashLinear, hidden_state
@@ -239,16 +240,18 @@ class ExactDecoder:
             )
         keys = self.keys.several(self._position, len(logits), settings)
         drawn = coupled.draw(head, settings, logits, keys)
-        mx.eval(drawn.tokens, drawn.certain, *tokens)
-        drafts = [_value(token) for token in tokens[1:]]
+        drafts = mx.concatenate(tokens)[1:]
+        mx.eval(drawn, drafts)  # all at once: each wait for the device takes its time
+        found, drafted = _values(drawn.tokens), _values(drafts)
+        certain = _values(drawn.certain)
         chosen: list[Verified] = []
-        for i in range(len(logits)):
-            token = drawn.tokens[i]
-            if not drawn.certain[i].item():
-                row, key, every = logits[i : i + 1], keys[i : i + 1], head.n_clusters
-                token = coupled.draw(head, settings, row, key, every).tokens
-            chosen.append(Verified(_value(token), _log_softmax(head, logits[i])))
-            if i < len(drafts) and chosen[-1].token != drafts[i]:
+        for i, token in enumerate(found):
+            row = logits[i : i + 1]
+            if not certain[i]:
+                key, every = keys[i : i + 1], head.n_clusters
+                token = _value(coupled.draw(head, settings, row, key, every).tokens)
+            chosen.append(Verified(token, run(head, _logprobs, (), row)))
+            if i < len(drafted) and token != drafted[i]:
                 break
         return chosen
 
@@ -278,7 +281,12 @@ def _value(token: mx.array) -> int:
     return cast(int, token.item())
 
 
-def _log_softmax(head: FlashHead, row: mx.array) -> mx.array:
-    """Log-probabilities ``[V]`` in vocabulary order of logits in cluster order."""
-    row = row[head.positions]
+def _values(tokens: mx.array) -> list[int]:
+    return cast(list[int], tokens.tolist())
+
+
+def _logprobs(head: FlashHead, row: mx.array) -> mx.array:
+    """Log-probabilities ``[V]`` in vocabulary order of logits in cluster order, ``[1,
+    V]``."""
+    row = row[0, head.positions]
     return row - mx.logsumexp(row)
