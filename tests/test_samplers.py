@@ -30,13 +30,20 @@ STOCK = {
     "generate_step": generate.generate_step,
     "speculative_generate_step": generate.speculative_generate_step,
 }
-STOCK_STEP, STOCK_LOAD = generate.GenerationBatch._step, utils.load_model
+STOCK_BATCH = {
+    name: getattr(generate.GenerationBatch, name)
+    for name in ("_step", "extend", "filter", "extract_cache")
+}
+STOCK_LOAD = utils.load_model
 
 
 def is_stock() -> bool:
     return (
         all(getattr(generate, name) is value for name, value in STOCK.items())
-        and generate.GenerationBatch._step is STOCK_STEP
+        and all(
+            getattr(generate.GenerationBatch, name) is value
+            for name, value in STOCK_BATCH.items()
+        )
         and utils.load_model is STOCK_LOAD
     )
 
@@ -274,8 +281,9 @@ def test_other_parameters_are_refused(monkeypatch, name):
     assert is_stock()
 
 
-def test_a_batch_step_of_another_kind_is_refused(monkeypatch):
-    monkeypatch.setattr(generate.GenerationBatch, "_step", lambda self: ([], []))
+@pytest.mark.parametrize("name", [*STOCK_BATCH, "next"])
+def test_a_batch_of_another_kind_is_refused(monkeypatch, name):
+    monkeypatch.setattr(generate.GenerationBatch, name, lambda self, *_: ([], []))
     refused("has changed")
     monkeypatch.undo()
     assert is_stock()
@@ -288,6 +296,9 @@ def test_a_batch_step_of_another_kind_is_refused(monkeypatch):
         (generate, "speculative_generate_step"),
         (generate, "GenerationBatch"),
         (generate.GenerationBatch, "_step"),
+        (generate.GenerationBatch, "extend"),
+        (generate.GenerationBatch, "filter"),
+        (generate.GenerationBatch, "extract_cache"),
         (utils, "load_model"),
         (sample_utils, "make_sampler"),
         (sample_utils, "make_logits_processors"),

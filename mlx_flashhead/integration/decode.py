@@ -30,6 +30,7 @@ from ..sampling import (
     logprobs,
 )
 from .exact import ExactDecoder, Verified
+from .exact_batch import exact_step, leave, options_of
 from .keys import Keys
 from .locate import flash_slots
 from .samplers import read_processors, read_sampler
@@ -218,17 +219,8 @@ def exact_generate_step(
         # The slot answers with the dense product.
         yield from stock(prompt, model, *args, **kwargs)
         return
-    sampler = kwargs.get("sampler")
     processors = kwargs.get("logits_processors") or []
-    decoder = ExactDecoder(
-        slot,
-        model,
-        sampler or (lambda x: mx.argmax(x, axis=-1)),
-        processors,
-        read_sampler(sampler),
-        read_processors(processors, head.vocab_size),
-        slot.verify_every,
-    )
+    decoder = ExactDecoder(slot, model, kwargs.get("sampler"), processors)
     stand_in = _ExactStandIn(decoder, model, kwargs)
     kwargs.update(sampler=stand_in.sampler, logits_processors=None)
     steps = stock(prompt, stand_in, *args, **kwargs)
@@ -354,9 +346,14 @@ def batch_step(stock: Step) -> Step:
         if not hasattr(self, "_flash"):
             self._flash = slot_of(self.model), Keys()
         slot, keys = self._flash
-        if slot is None or slot.decoding != "approximate" or not self.uids:
+        if slot is None or not self.uids:
             return stock(self)
         head = slot.head
+        if slot.exact and head.transform is not None:
+            return exact_step(self, slot)
+        leave(self)
+        if slot.decoding != "approximate":
+            return stock(self)  # the slot answers densely
         sequences = range(len(self.uids))
         requests = [_Request.read(self, e, head.vocab_size) for e in sequences]
         if not _worthwhile(head, requests):
@@ -394,8 +391,7 @@ class _Request:
 
     @classmethod
     def read(cls, batch: Any, e: int, vocab_size: int) -> _Request:
-        sampler = (batch.samplers or {e: None})[e] or batch.fallback_sampler
-        processors = (batch.logits_processors or {e: None})[e] or ()
+        sampler, processors = options_of(batch, e)
         readable = read_processors(processors, vocab_size)
         return cls(sampler, processors, read_sampler(sampler), readable)
 

@@ -7,8 +7,8 @@ head's choice in any case; up to the first difference the draft has saved the de
 product's time, and what follows it is undone in the prompt cache. The body runs once
 for each drafted token, as it would anyway: only steps after a difference are wasted.
 
-mlx-lm's own loop stays in charge: it calls a stand-in for the model once for each
-token, which runs ahead and answers from what is verified already.
+mlx-lm's own loop stays in charge: it asks for one token after another, and is answered
+from what is verified already.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..sampling.draw import known_transform
 from ..sampling.steps import run
 from .keys import Keys
 from .rollback import Rollback, supported
+from .samplers import read_processors, read_sampler
 from .slots import FlashLinear, hidden_state
 
 Sampler = Callable[[mx.array], mx.array]
@@ -37,7 +38,8 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 @dataclass
 class Verification:
-    """What exact decoding did.
+    """What exact decoding did, sequences that shared a batch with others left out: they
+    are not drafted.
 
     Attributes:
         steps: Steps of the model's body, prompts left out.
@@ -101,39 +103,50 @@ class ExactDecoder:
         slot: Where the model's head stood.
         model: The model.
         sampler: mlx-lm's or the user's; it is given log-probabilities ``[1, V]``.
+          ``None`` is greedy.
         processors: Logits processors, likewise.
-        settings: Those of the sampler, where they are known.
-        readable: The processors, where all are known.
-        longest: Positions that one dense product verifies, at most.
     """
 
     def __init__(
         self,
         slot: FlashLinear,
         model: nn.Module,
-        sampler: Sampler,
+        sampler: Sampler | None,
         processors: Sequence[LogitsProcessor],
-        settings: Settings | None,
-        readable: list[Processor] | None,
-        longest: int,
     ):
         self.slot, self.head, self.model = slot, slot.head, model
-        self.sampler, self.processors = sampler, processors
-        self.settings, self.readable = settings, readable
+        self.sampler: Sampler = sampler or (lambda x: mx.argmax(x, axis=-1))
+        self.processors = processors
+        # Those of the sampler, where they are known; the processors, where all are.
+        self.settings: Settings | None = read_sampler(sampler)
+        self.readable: list[Processor] | None = read_processors(
+            processors, self.head.vocab_size
+        )
         self.keys = Keys()
-        self.longest = longest
+        self.longest = slot.verify_every
         self.count = _verification.get() or Verification()
         self._size = 1
         self._ahead: deque[Verified] = deque()
+        self._due: deque[Verified] = deque()  # the same, once their steps are undone
         self._rollback: Rollback | None = None
         self._served = 0  # steps of the chunk that the caller knows of
-        self._position = 0  # of the next token, for its key
+        self._position = 0  # of the next token to be chosen, for its key
 
     @property
-    def drafts(self) -> bool:
-        """Whether FlashHead can draft for these settings, and saves time."""
+    def known(self) -> bool:
+        """Whether sampler and processors are mlx-lm's own, whose settings are known."""
+        return self.settings is not None and self.readable is not None
+
+    def drafts(self, cache: Any) -> bool:
+        """Whether FlashHead can draft for these settings, saves time, and what it
+        drafts can be undone in this prompt cache."""
         settings = self.settings or Settings()
-        return fits(self.head, settings) and not prefers_dense(self.head, 1)
+        return (
+            fits(self.head, settings)
+            and not prefers_dense(self.head, 1)
+            and cache is not None
+            and supported(cache)
+        )
 
     def next(
         self, token: mx.array, cache: Any, context: mx.array, at_most: int
@@ -146,6 +159,9 @@ class ExactDecoder:
             context: The tokens so far, that one included, ``[n]``.
             at_most: Further steps that the caller will take, at most.
         """
+        if self._due:
+            self._step(token, cache)
+            return self._due.popleft()
         if not self._ahead:
             self.close()
             self._run(token, cache, context, at_most)
@@ -153,18 +169,44 @@ class ExactDecoder:
         return self._ahead.popleft()
 
     def close(self) -> None:
-        """Leave the prompt cache as the steps that were taken would have."""
+        """Leave the prompt cache as the steps that were taken would have. What is
+        verified further on stays so: a sampler or processor of the user's own is asked
+        once for each token."""
         if self._rollback is not None:
             self._rollback.to(self._served)
         self._rollback, self._served = None, 0
+        self._due.extend(self._ahead)
         self._ahead.clear()
+
+    @property
+    def due(self) -> Verified | None:
+        """The next token, where it is verified and the prompt cache is behind it."""
+        return self._due[0] if self._due else None
+
+    @property
+    def key(self) -> mx.array:
+        """Key of the next token to be chosen, uint32 ``[2]``."""
+        return self._key(0)
+
+    def advance(self) -> None:
+        """Say that the next token was taken from :attr:`due`, or else that it was
+        chosen with :attr:`key`, by somebody else."""
+        if self._due:
+            self._due.popleft()
+        else:
+            self._position += 1
+
+    def _step(self, token: mx.array, cache: Any) -> None:
+        """Only the body's step of a token whose successor is verified."""
+        mx.async_eval(hidden_state(self.head, self.model, token[None], cache=cache))
+        self.count.steps += 1
 
     def _run(
         self, token: mx.array, cache: Any, context: mx.array, at_most: int
     ) -> None:
         """Draft and verify a chunk that begins with ``token``."""
         size = max(1, min(self._size, at_most, self.longest))
-        if not self.drafts or cache is None or not supported(cache):
+        if size > 1 and not self.drafts(cache):
             size = 1
         self._size = min(2 * self._size, self.longest)
         self._rollback = None
@@ -208,8 +250,7 @@ class ExactDecoder:
         """Choose as the dense head does, until it differs from the draft."""
         head = self.head
         logits = known_transform(head)(head.clustered(states))
-        known = self.settings is not None and self.readable is not None
-        choose = self._choose_together if known else self._choose_in_turn
+        choose = self._choose_together if self.known else self._choose_in_turn
         chosen = choose(logits, tokens, context)
         n_drafted = min(len(chosen), len(tokens) - 1)
         self.count.steps += len(states)
@@ -250,7 +291,7 @@ class ExactDecoder:
             if not certain[i]:
                 key, every = keys[i : i + 1], head.n_clusters
                 token = _value(coupled.draw(head, settings, row, key, every).tokens)
-            chosen.append(Verified(token, run(head, _logprobs, (), row)))
+            chosen.append(Verified(token, run(head, log_softmax, (), row)))
             if i < len(drafted) and token != drafted[i]:
                 break
         return chosen
@@ -261,19 +302,29 @@ class ExactDecoder:
         """The same for a sampler or processors that are not known: they are called for
         one position after another, as without a draft, and for no further one after a
         difference, for they may keep a state."""
-        positions = self.head.positions
-        so_far = mx.concatenate([context, *tokens[1:]])
+        drafts = [token.astype(context.dtype) for token in tokens[1:]]
+        so_far = mx.concatenate([context, *drafts])
         first = len(context)
         chosen: list[Verified] = []
         for i in range(len(logits)):
-            row = logits[i : i + 1][:, positions]
-            for processor in self.processors:
-                row = processor(so_far[: first + i], row)
-            logprobs = row - mx.logsumexp(row, axis=-1, keepdims=True)
+            logprobs = self.logprobs(logits[i : i + 1], so_far[: first + i])
             chosen.append(Verified(_value(self.sampler(logprobs)), logprobs[0]))
             if i + 1 < len(tokens) and chosen[-1].token != _value(tokens[i + 1]):
                 break
         return chosen
+
+    def logprobs(self, logits: mx.array, context: mx.array) -> mx.array:
+        """What a sampler of the user's own is given, ``[1, V]``: log-probabilities in
+        vocabulary order, after the processors.
+
+        Args:
+            logits: The model's logits in cluster order, ``[1, V]``.
+            context: The tokens so far, ``[n]``.
+        """
+        row = logits[:, self.head.positions]
+        for processor in self.processors:
+            row = processor(context, row)
+        return row - mx.logsumexp(row, axis=-1, keepdims=True)
 
 
 def _value(token: mx.array) -> int:
@@ -285,7 +336,7 @@ def _values(tokens: mx.array) -> list[int]:
     return cast(list[int], tokens.tolist())
 
 
-def _logprobs(head: FlashHead, row: mx.array) -> mx.array:
+def log_softmax(head: FlashHead, row: mx.array) -> mx.array:
     """Log-probabilities ``[V]`` in vocabulary order of logits in cluster order, ``[1,
     V]``."""
     row = row[0, head.positions]

@@ -4,7 +4,8 @@ Every loader of mlx-lm goes through ``mlx_lm.utils.load_model``. Patched, it put
 FlashHead in place before anything of the dense head is read from disk. All decoding of
 mlx-lm goes through ``generate_step``, ``speculative_generate_step`` and
 ``GenerationBatch._step``. Patched, they draw tokens among a FlashHead's candidates;
-models without one they leave to mlx-lm.
+models without one they leave to mlx-lm. What changes or reads a ``GenerationBatch``
+between its steps first has its caches settled.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import mlx_lm
 from mlx_lm import utils
 
 from ..folder.format import HEAD_FILE
-from . import decode, loading, samplers
+from . import decode, exact_batch, loading, samplers
 
 # Not "from mlx_lm import generate": that name is a function's.
 _generate = importlib.import_module("mlx_lm.generate")
@@ -120,6 +121,9 @@ def patch_decoding() -> None:
         (_generate, "generate_step", decode.generate_step),
         (_generate, "speculative_generate_step", decode.speculative_generate_step),
         (_generate.GenerationBatch, "_step", decode.batch_step),
+        (_generate.GenerationBatch, "extend", exact_batch.batch_extend),
+        (_generate.GenerationBatch, "filter", exact_batch.batch_filter),
+        (_generate.GenerationBatch, "extract_cache", exact_batch.batch_extract_cache),
     ):
         _replace(_decoding, owner, name, wrap(getattr(owner, name)))
 
@@ -181,6 +185,26 @@ _KNOWN: list[tuple[Callable[[], Any], list[str], set[str]]] = [
         {"_current_tokens", "_next_tokens", "_current_logprobs", "_next_logprobs"}
         | {"_token_context", "update_and_fetch", "fallback_sampler", "samplers"}
         | {"logits_processors", "prompt_cache", "tokens", "uids", "model"},
+    ),
+    (
+        lambda: _generate.GenerationBatch.extend,
+        ["self", "batch"],
+        {"uids", "prompt_cache", "_next_tokens", "_next_logprobs", "_token_context"},
+    ),
+    (
+        lambda: _generate.GenerationBatch.filter,
+        ["self", "keep"],
+        {"uids", "prompt_cache", "_next_tokens", "_next_logprobs", "_token_context"},
+    ),
+    (
+        lambda: _generate.GenerationBatch.extract_cache,
+        ["self", "idx"],
+        {"prompt_cache"},
+    ),
+    (
+        lambda: _generate.GenerationBatch.next,
+        ["self"],
+        {"_step", "_num_tokens", "max_tokens", "extract_cache", "filter"},
     ),
 ]
 
