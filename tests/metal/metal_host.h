@@ -21,6 +21,7 @@
 #endif
 #define constant __attribute__((address_space(2)))
 #define thread __attribute__((annotate("thread")))  // a keyword: no use as a name
+#define METAL_FUNC inline __attribute__((always_inline))
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -95,8 +96,9 @@ struct half {
     if (magnitude >= 0x7c00) {
       return as_type<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
     }
-    // Exact for normal and subnormal numbers alike.
-    float value = as_type<float>(magnitude << 13) * 0x1p112f;
+    // Its subnormal numbers are none in 32 bits.
+    float value = magnitude < 0x400 ? float(magnitude) * 0x1p-24f
+                                    : as_type<float>((magnitude << 13) + (112u << 23));
     return sign ? -value : value;
   }
 };
@@ -130,7 +132,22 @@ template <typename T>
 inline T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
 inline T max(T a, T b) { return a < b ? b : a; }
-#define exp __builtin_expf  // no function: some libraries have a global one
+
+// Apple's compiler may take approximations for these where a kernel does not say
+// precise::exp. To say that, add it here and to CUDA's prelude; its last bits differ
+// between the two all the same.
+#define EMU_APPROXIMATE(NAME) \
+  template <typename T>       \
+  T NAME(T) = delete;
+EMU_APPROXIMATE(exp)
+EMU_APPROXIMATE(exp2)
+EMU_APPROXIMATE(log)
+EMU_APPROXIMATE(log2)
+EMU_APPROXIMATE(tanh)
+EMU_APPROXIMATE(sqrt)
+EMU_APPROXIMATE(rsqrt)
+#undef EMU_APPROXIMATE
+
 inline uint mulhi(uint a, uint b) { return uint(uint64_t(a) * b >> 32); }
 
 #define EMU_REDUCE(NAME, EXPRESSION)                           \
