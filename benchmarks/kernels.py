@@ -7,6 +7,9 @@ GPU: building the graph anew would cost several times what the kernels do ("not
 compiled" shows it). Everything is relative to the same run on the same device; random
 weights have the bytes and the shapes of the models, which is what latency depends on.
 
+"Exact" is a chunk of exact decoding, drafts and verification, divided by its tokens, as
+if all drafts stood; its rows have 8 or 16 bits.
+
 "Plain MLX" is the same head in MLX operations, its selection by ``mx.argpartition``.
 
 MLX compiles CUDA kernels as they are first used, seconds each, and keeps them on disk:
@@ -26,8 +29,8 @@ import mlx.core as mx
 from mlx_flashhead import kernels
 from mlx_flashhead.benchmarking.latency import chain, copy_bandwidth, dense_sample
 from mlx_flashhead.compute.table import Table
-from mlx_flashhead.head import FlashHead
-from mlx_flashhead.sampling import Settings
+from mlx_flashhead.head import FlashHead, masses
+from mlx_flashhead.sampling import Settings, coupled
 from mlx_flashhead.sampling.draw import _draw
 
 # vocab_size, hidden_size
@@ -39,6 +42,8 @@ MODELS = {
 }
 CLUSTER_SIZE = 16
 TOP_P, TEMPERATURE = 0.95, 0.8
+# Of exact decoding: one in so many clusters is probed for a draft.
+DRAFT_ONE_IN, VERIFY_EVERY = 32, 16
 
 
 def measure(
@@ -95,18 +100,47 @@ def measure(
 
         return step
 
-    def whole(settings):
-        """The package's own draw, tokens beyond the probed ones included."""
-        head = FlashHead(
-            Table(*(a.reshape(C, m, -1) for a in packed[8]), bits=8, group_size=64),
+    def flash_head(bits, n_probes):
+        table = Table(rows.reshape(C, m, -1))
+        if bits < 16:
+            blocks = (a.reshape(C, m, -1) for a in packed[bits])
+            table = Table(*blocks, bits=bits, group_size=64)
+        return FlashHead(
+            table,
             Table(*centroids, bits=4, group_size=64),
             token_ids,
             V,
             spread=spread,
             excess=mx.zeros((1, C)),
-            n_probes=p,
+            n_probes=n_probes,
         )
+
+    def whole(settings):
+        """The package's own draw, tokens beyond the probed ones included."""
+        head = flash_head(8, p)
         return lambda h, key: _draw(head, settings, h, key)[0]
+
+    def exact(settings, bits):
+        """A chunk of exact decoding; each draft gives the next hidden state."""
+        head = flash_head(bits, C // DRAFT_ONE_IN)
+        weights = ()
+        if not settings.greedy:
+            temperatures = (settings.temp, 1.0)
+            weights = [masses.log_weights(head, t) for t in temperatures]
+            mx.eval(weights)
+
+        def step(h, key):
+            keys = mx.random.split(key, VERIFY_EVERY)
+            drafted, token = [], 0
+            for i in range(VERIFY_EVERY):
+                drafted.append(h)
+                token = coupled._draft(head, settings, h, keys[i], *weights)
+                h = h + (token[:, None] % 7).astype(h.dtype) * 1e-3
+            logits = head.clustered(mx.concatenate(drafted))
+            tokens, _ = coupled._draw(head, settings, 1024, logits, keys)
+            return token + tokens.max()
+
+        return step
 
     def parts(h, key, last):
         """The kernels' step up to one of its launches."""
@@ -133,6 +167,17 @@ def measure(
     nucleus = whole(Settings(temp=TEMPERATURE, top_p=TOP_P))
     timed["FlashHead 8-bit, top-p, with tail"] = nucleus
     timed["FlashHead 8-bit, top-k 40"] = whole(Settings(temp=TEMPERATURE, top_k=40))
+    chunks = {
+        f"exact {bits}-bit{name}": exact(settings, bits)
+        for bits, name, settings in (
+            (8, "", Settings()),
+            (16, "", Settings()),
+            (8, ", temperature", Settings(temp=TEMPERATURE)),
+            (8, ", top-p", Settings(temp=TEMPERATURE, top_p=TOP_P)),
+            (8, ", top-k 40", Settings(temp=TEMPERATURE, top_k=40)),
+        )
+    }
+    timed["FlashHead 8-bit, temperature"] = whole(Settings(temp=TEMPERATURE))
     runs = []
 
     def add(name, function, batch_size=1, plain=False, **options):
@@ -142,6 +187,8 @@ def measure(
         add(name, function)
         if name.startswith("FlashHead"):
             add(f"{name}, plain MLX", function, plain=True)
+    for name, function in chunks.items():
+        add(name, function, chunk=VERIFY_EVERY)
     for name in ("dense 8-bit", "FlashHead 8-bit"):
         add(f"{name}, not compiled", timed[name], compiled=False)
     for last, name in enumerate(("stage 1", "+ select", "+ probe")):
@@ -157,7 +204,9 @@ def measure(
     result = {}
     for name, function, B, plain, options in runs[shard[0] :: shard[1]]:
         with kernels.plain() if plain else nullcontext():
-            result[name] = chain(function, states[:B] + 0, steps, **options)
+            chunk = options.pop("chunk", 1)
+            time_us = chain(function, states[:B] + 0, steps // chunk, **options)
+            result[name] = time_us / chunk
     return result
 
 

@@ -59,7 +59,7 @@ def stock_probabilities(sampler, logits: np.ndarray) -> np.ndarray:
 
 
 def keys_of(n, seed=0):
-    return [mx.array([seed, i], dtype=mx.uint32) for i in range(n)]
+    return mx.array([[seed, i] for i in range(n)], dtype=mx.uint32)
 
 
 @pytest.mark.parametrize("n_filtered", [3, 1024])

@@ -248,9 +248,9 @@ class FlashHead(nn.Module):
         return Retrieved(centroid_logits, probes, logits)
 
     def centroid_logits(self, x: mx.array) -> mx.array:
-        """Stage 1: logit of each cluster's centroid, float32 ``[B, C]``, for ``x [B,
-        D]``."""
-        logits = self.centroids.fast_matmul(x).astype(mx.float32)
+        """Stage 1: logit of each cluster's centroid, ``[B, C]``, for ``x [B, D]``; in
+        the dtype that MLX's product gives, or float32 where there is a bias."""
+        logits = self.centroids.fast_matmul(x)
         return logits if self.centroid_bias is None else logits + self.centroid_bias
 
     def select(
@@ -296,6 +296,16 @@ class FlashHead(nn.Module):
             group_size=rows.group_size,
             bits=rows.bits,
             n_rows=self.vocab_size,
+        )
+
+    def kernel_rows(self, x: mx.array) -> kernels.Rows | None:
+        """Hidden states ``[B, D]`` and the rows, for kernels that score some of them;
+        ``None`` where those cannot."""
+        rows = self.rows
+        if not rows.has_kernel(x.dtype) or "bias" in self:
+            return None
+        return kernels.Rows(
+            x, *rows.arrays, rows.bits, rows.group_size or 32, self.vocab_size
         )
 
     def candidates(self, x: mx.array) -> Candidates:

@@ -45,6 +45,7 @@ def log_masses(
 ) -> mx.array:
     """Log of the expected ``sum(exp(logit / T))`` of each cluster, float32 ``[B, C]``,
     the logits being the model's; for ``centroid_logits [B, C]``."""
+    centroid_logits = centroid_logits.astype(mx.float32)
     centroid_logits = (head.transform or Transform())(centroid_logits)
     return centroid_logits / temperature + log_weights(head, temperature)
 

@@ -242,7 +242,7 @@ class ExactDecoder:
                     for i in range(len(logits))
                 ]
             )
-        keys = [self._key(i) for i in range(len(logits))]
+        keys = self.keys.several(self._position, len(logits), settings)
         drawn = coupled.draw(head, settings, logits, keys)
         mx.eval(drawn.tokens, drawn.certain, *tokens)
         drafts = [_value(token) for token in tokens[1:]]

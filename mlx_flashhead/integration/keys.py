@@ -24,10 +24,15 @@ class Keys:
 
     def at(self, n: int, settings: Settings) -> mx.array:
         """The key of draw n; a greedy choice takes nothing from the generator."""
+        return self.several(n, 1, settings)[0]
+
+    def several(self, n: int, k: int, settings: Settings) -> mx.array:
+        """The keys of draws n to n + k - 1, uint32 ``[k, 2]``."""
         if settings.greedy:
-            return mx.zeros((2,), dtype=mx.uint32)
+            return mx.zeros((k, 2), dtype=mx.uint32)
         if self._start is None:
             words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32)
             self._start = cast(list[int], words.tolist())
         high, low = self._start
-        return mx.array([high, (low + n) & 0xFFFFFFFF], dtype=mx.uint32)
+        keys = [[high, (low + n + i) & 0xFFFFFFFF] for i in range(k)]
+        return mx.array(keys, dtype=mx.uint32)

@@ -6,15 +6,24 @@ once it has matched its plain reference on the device at hand (see ``backend``).
 """
 
 from .backend import kind, plain
+from .draft import Law, Noise, Rows, Shaping, Tail, draft_greedy, draft_sampled, lowest
 from .greedy import greedy, to_tokens
 from .probe_logits import ProbeLogits, probe_logits, probe_logits_stats
 from .sample import sample
 from .select_probes import select_probes
 
 __all__ = [
+    "Law",
+    "Noise",
     "ProbeLogits",
+    "Rows",
+    "Shaping",
+    "Tail",
+    "draft_greedy",
+    "draft_sampled",
     "greedy",
     "kind",
+    "lowest",
     "plain",
     "probe_logits",
     "probe_logits_stats",

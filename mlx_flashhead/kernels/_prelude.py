@@ -60,6 +60,13 @@ METAL_FUNC T as_type(U u) {
     return t;
 }
 
+// What Metal calls precise, CUDA is without being asked.
+namespace precise {
+METAL_FUNC float exp(float x) { return expf(x); }
+METAL_FUNC float log(float x) { return logf(x); }
+METAL_FUNC float tanh(float x) { return tanhf(x); }
+}
+
 METAL_FUNC uint mulhi(uint a, uint b) { return __umulhi(a, b); }
 
 template <typename T>

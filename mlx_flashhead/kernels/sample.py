@@ -33,7 +33,7 @@ _SOURCE = """
     threadgroup uint words[2];
 
     if (lid < 2) {
-        words[lid] = random_word(key[0], key[1], 2 * row + lid, logits_shape[0]);
+        words[lid] = random_word(key[0], key[1], 2 * row + lid, 2 * logits_shape[0]);
     }
     float top = -INFINITY;
 #pragma unroll 4
@@ -202,13 +202,16 @@ METAL_FUNC ulong simd_get(ulong v, uint simd_lid) {
     return ulong(high) << 32 | low;
 }
 
-// Word i of mx.random.split(key, n): Threefry 2x32 with 20 rounds (Salmon et al.,
-// "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
-METAL_FUNC uint random_word(uint key0, uint key1, uint i, uint n) {
+// Word i of the size words of mx.random.bits with a key: Threefry 2x32 with 20 rounds
+// (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), which makes
+// two words at once, half of the size apart.
+METAL_FUNC uint random_word(uint key0, uint key1, uint i, uint size) {
+    uint n = (size + 1) / 2;
+    uint partner = i + n < size ? i + n : 0;
     uint keys[3] = {key0, key1, key0 ^ key1 ^ 0x1bd11bdau};
     const int rotations[8] = {13, 15, 26, 6, 17, 29, 16, 24};
     uint a = (i < n ? i : i - n) + keys[0];
-    uint b = (i < n ? i + n : i) + keys[1];
+    uint b = (i < n ? partner : i) + keys[1];
     for (uint round = 0; round < 20; round++) {
         int r = rotations[round % 8];
         a += b;

@@ -18,34 +18,16 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from .. import kernels
 from ..head import FlashHead, masses
 from ..kernels import filters, fixed_point
 from . import processing
 from .settings import Bias, Processor, Settings
-from .steps import run
+from .steps import constant, run
 
 # Clusters that filters look at, those with the largest logits. They contain whatever a
 # filter keeps, unless it keeps tokens below the largest logit of all other clusters.
 N_FILTERED = 1024
-
-
-class Noise(NamedTuple):
-    """Gumbel noise of one position: of clusters ``[C]`` and of a cluster's rows
-    ``[m]``, float32, and one uniform number."""
-
-    clusters: mx.array
-    rows: mx.array
-    coin: mx.array
-
-    @classmethod
-    def make(cls, head: FlashHead, key: mx.array) -> Noise:
-        """The noise of a key, uint32 ``[2]``."""
-        keys = mx.random.split(key, 3)
-        return cls(
-            mx.random.gumbel((head.n_clusters,), key=keys[0]),
-            mx.random.gumbel((head.cluster_size,), key=keys[1]),
-            mx.random.uniform(key=keys[2]),
-        )
 
 
 class Drawn(NamedTuple):
@@ -75,9 +57,15 @@ def draft(
         processors: Logits processors that are known.
         context: The tokens so far ``[n]``, for the processors.
     """
+    weights: list[mx.array] = []
+    if settings is not None and not settings.greedy:
+        for temperature in (settings.temp, 1.0):
+            weights.append(constant(head, masses.log_weights, temperature))
     if not processors:
-        return run(head, _draft, (settings,), h, key)
-    return _draft(head, settings, h, key, processors, context)
+        return run(head, _draft, (settings,), h, key, *weights)
+    return _draft(
+        head, settings, h, key, *weights, processors=processors, context=context
+    )
 
 
 def _draft(
@@ -85,54 +73,47 @@ def _draft(
     settings: Settings | None,
     h: mx.array,
     key: mx.array,
+    *weights: mx.array,
     processors: list[Processor] | None = None,
     context: mx.array | None = None,
 ) -> mx.array:
-    """:func:`draft`, of arrays alone where there are no processors."""
-    assert head.transform is not None
+    """:func:`draft`, of arrays alone where there are no processors; ``weights`` are
+    those of :func:`masses.log_weights` at the temperature and at 1."""
+    transform = head.transform
+    assert transform is not None  # fits() has seen that it is known
     centroid_logits = head.centroid_logits(h)
-    probes = head.select(centroid_logits)[0]
-    # As the dense head rounds: in the states' dtype, whose ties then agree.
-    logits = head.score(h, probes[None])[0]
-    logits = logits.astype(h.dtype).astype(mx.float32)
-    logits = mx.where(logits > -mx.inf, head.transform(logits), -mx.inf)
-    ids = head.token_ids[probes]
+    probes = head.select(centroid_logits)
+    logits = head.score(h, probes).reshape(1, -1)
+    # As the dense head rounds, whose ties then agree.
+    rounding = mx.result_type(h.dtype, head.rows.dtype)
+    shaping = kernels.Shaping(rounding, transform.scale, transform.softcap)
     if processors:
-        logits = _processed(head, processors, context, h, probes, logits)
+        logits = _processed(head, processors, context, h, probes[0], shaping(logits))
+        shaping = kernels.Shaping()
     if settings is None or settings.greedy:
-        return _lowest(logits.reshape(1, -1), ids.reshape(-1), head.vocab_size)
-    noise = Noise.make(head, key)
-    every = masses.log_masses(head, centroid_logits, settings.temp)[0]
-    rules = _rules(settings)
-    if rules is not None:
-        at_one = masses.log_masses(head, centroid_logits, 1.0)[0]
-        rest = mx.logsumexp(mx.put_along_axis(at_one, probes, mx.array(-mx.inf), 0))
-        filtered, tail = _filter(
-            settings, rules, logits[None], ids[None], noise.coin[None], rest[None]
-        )
-        logits = filtered[0]
-        every = mx.where(tail, every, -mx.inf)
-    heated = logits / settings.temp
-    every = mx.put_along_axis(every, probes, mx.logsumexp(heated, axis=-1), axis=0)
-    cluster = mx.argmax(every + noise.clusters)[None]
-    rows = mx.where((probes == cluster)[:, None], heated, -mx.inf).max(
-        axis=0, keepdims=True
+        return kernels.draft_greedy(logits, probes, head.token_ids, shaping)
+    heated, at_one = weights
+    tail = kernels.Tail(
+        centroid_logits,
+        heated,
+        at_one,
+        lambda clusters: head.score(h, clusters),
+        None if processors else head.kernel_rows(h),
     )
-    if settings.top_k == 0 and settings.min_p == 0:
-        # The winner may be a cluster that was not probed: its rows are scored as well.
-        scored = head.score(h, cluster[None].astype(mx.uint32))[0]
-        scored = mx.where(scored > -mx.inf, head.transform(scored), -mx.inf)
-        probed = (probes == cluster).any()
-        rows = mx.where(probed, rows, scored / settings.temp)
-    row = mx.argmax(rows[0] + noise.rows)
-    return head.token_ids[cluster, row[None]]
+    law = kernels.Law(settings.temp, _rules(settings), settings.xtc_probability)
+    exempt = None
+    if settings.xtc_special_tokens:
+        exempt = settings.xtc_exempt(head.token_ids[probes].reshape(1, -1))
+    return kernels.draft_sampled(
+        logits, probes, head.token_ids, shaping, key[None], law, tail, exempt
+    )
 
 
 def draw(
     head: FlashHead,
     settings: Settings,
     logits: mx.array,
-    keys: list[mx.array],
+    keys: mx.array,
     n_filtered: int = N_FILTERED,
 ) -> Drawn:
     """What the dense head draws at k positions.
@@ -141,9 +122,20 @@ def draw(
         head: The head.
         settings: How to draw.
         logits: All the model's logits of each position, in cluster order, ``[k, V]``.
-        keys: Key of each position, uint32 ``[2]``.
+        keys: Key of each position, uint32 ``[k, 2]``.
         n_filtered: Clusters that filters look at; all are always enough.
     """
+    return Drawn(*run(head, _draw, (settings, n_filtered), logits, keys))
+
+
+def _draw(
+    head: FlashHead,
+    settings: Settings,
+    n_filtered: int,
+    logits: mx.array,
+    keys: mx.array,
+) -> tuple[mx.array, mx.array]:
+    """:func:`draw`, of arrays alone."""
     k = len(logits)
     certain = mx.ones(k, mx.bool_)
     if settings.greedy:
@@ -151,14 +143,13 @@ def draw(
             # mlx-lm chooses among log-probabilities in these bits, ties included.
             logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         ids = head.token_ids.reshape(-1)[: head.vocab_size]
-        return Drawn(_lowest(logits, ids, head.vocab_size), certain)
+        return kernels.lowest(logits, ids), certain
     whole = logits.astype(mx.float32)
     if head.padding:
         padding = mx.full((k, head.padding), -mx.inf)
         whole = mx.concatenate([whole, padding], axis=-1)
     clustered = whole.reshape(k, head.n_clusters, head.cluster_size)
-    noises = [Noise.make(head, key) for key in keys]
-    noise = mx.stack([each.clusters for each in noises])
+    noise, of_rows, coins = kernels.Noise.make(head.n_clusters, head.cluster_size, keys)
     rules = _rules(settings)
     if rules is None:
         chosen = mx.broadcast_to(mx.arange(head.n_clusters), noise.shape)
@@ -173,7 +164,6 @@ def draw(
         before = mx.take_along_axis(clustered, chosen[..., None], axis=1)
         inside = mx.logsumexp(before.reshape(k, -1), axis=-1)
         rest = log_z + mx.log(1 - mx.exp(mx.minimum(inside - log_z, 0)))
-        coins = mx.stack([each.coin for each in noises])
         ids = head.token_ids[chosen]
         filtered, _ = _filter(settings, rules, before, ids, coins, rest)
         every = mx.logsumexp(filtered / settings.temp, axis=-1)
@@ -196,15 +186,9 @@ def draw(
         clustered = filtered
     at = mx.argmax(every + noise, axis=-1, keepdims=True)
     rows = mx.take_along_axis(clustered, at[..., None], axis=1)[:, 0] / settings.temp
-    row = mx.argmax(rows + mx.stack([each.rows for each in noises]), axis=-1)
+    row = mx.argmax(rows + of_rows, axis=-1)
     cluster = mx.take_along_axis(chosen, at, axis=-1)[:, 0]
-    return Drawn(head.token_ids[cluster, row], certain)
-
-
-def _lowest(logits: mx.array, ids: mx.array, vocab_size: int) -> mx.array:
-    """The lowest of the ids ``[n]`` with the largest of ``logits [k, n]``."""
-    best = logits == logits.max(axis=-1, keepdims=True)
-    return mx.where(best, ids, vocab_size).min(axis=-1).astype(mx.uint32)
+    return head.token_ids[cluster, row], certain
 
 
 def _rules(settings: Settings) -> filters.Rules | None:
@@ -254,8 +238,8 @@ def _processed(
     probes: mx.array,
     logits: mx.array,
 ) -> mx.array:
-    """Logits ``[p, m]`` of the probed clusters with what the processors make of those
-    tokens that stand there."""
+    """Logits ``[1, p * m]`` of the clusters ``probes [p]`` with what the processors
+    make of those tokens that stand there."""
     ids, edited = processing.apply(head, processors, context, h)
     cluster, slot = mx.divmod(head.positions[ids], head.cluster_size)
     match = probes[None] == cluster[:, None]

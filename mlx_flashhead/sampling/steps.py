@@ -30,6 +30,7 @@ class Steps:
     def __init__(self, head: FlashHead):
         self._head = weakref.ref(head)
         self._compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        self._constants: OrderedDict[Any, tuple[Any, mx.array]] = OrderedDict()
 
     def run(
         self, function: Callable[..., T], options: tuple[Any, ...], *inputs: mx.array
@@ -68,6 +69,21 @@ class Steps:
 
         return mx.compile(pure)
 
+    def constant(self, function: Callable[..., mx.array], *options: Any) -> mx.array:
+        """``function(head, *options)`` of the head's masses, evaluated; anew where
+        these have changed."""
+        head = self._head()
+        assert head is not None
+        now = head.excess, head.temperatures, head.tail_offset
+        kept = self._constants.get((function, options))
+        if kept is None or kept[0][0] is not now[0] or kept[0][1:] != now[1:]:
+            value = function(head, *options)
+            mx.eval(value)
+            if len(self._constants) >= _REMEMBERED:
+                self._constants.popitem(last=False)
+            kept = self._constants[function, options] = (now, value)
+        return kept[1]
+
 
 _steps: dict[int, Steps] = {}
 
@@ -86,8 +102,25 @@ def run(
         options: Its further arguments, hashable.
         inputs: Arrays.
     """
+    return _of(head).run(function, options, *inputs)
+
+
+def constant(
+    head: FlashHead, function: Callable[..., mx.array], *options: Any
+) -> mx.array:
+    """``function(head, *options)``, evaluated and kept with the head.
+
+    Args:
+        head: The head.
+        function: A function of the head's masses alone.
+        options: Its further arguments, hashable.
+    """
+    return _of(head).constant(function, *options)
+
+
+def _of(head: FlashHead) -> Steps:
     steps = _steps.get(id(head))
     if steps is None:
         steps = _steps.setdefault(id(head), Steps(head))
         weakref.finalize(head, _steps.pop, id(head), None)
-    return steps.run(function, options, *inputs)
+    return steps

@@ -133,20 +133,21 @@ inline T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
 inline T max(T a, T b) { return a < b ? b : a; }
 
-// Apple's compiler may take approximations for these where a kernel does not say
-// precise::exp. To say that, add it here and to CUDA's prelude; its last bits differ
-// between the two all the same.
-#define EMU_APPROXIMATE(NAME) \
-  template <typename T>       \
-  T NAME(T) = delete;
-EMU_APPROXIMATE(exp)
-EMU_APPROXIMATE(exp2)
-EMU_APPROXIMATE(log)
-EMU_APPROXIMATE(log2)
-EMU_APPROXIMATE(tanh)
-EMU_APPROXIMATE(sqrt)
-EMU_APPROXIMATE(rsqrt)
-#undef EMU_APPROXIMATE
+// Safe math leaves these to Apple's compiler, which may take approximations, so a
+// kernel has to say precise::exp. The last bits differ between back-ends all the same.
+#define EMU_PRECISE(NAME)                                             \
+  template <typename T>                                               \
+  T NAME(T) = delete;                                                 \
+  namespace precise {                                                 \
+  inline float NAME(float x) { return __builtin_##NAME##f(x); }       \
+  }
+EMU_PRECISE(exp)
+EMU_PRECISE(exp2)
+EMU_PRECISE(log)
+EMU_PRECISE(log2)
+EMU_PRECISE(tanh)
+EMU_PRECISE(sqrt)
+#undef EMU_PRECISE
 
 inline uint mulhi(uint a, uint b) { return uint(uint64_t(a) * b >> 32); }
 

@@ -1,0 +1,207 @@
+"""Whole models of real shapes and made weights: dense, approximate and exact decoding.
+
+    python benchmarks/models.py [MODEL ...]
+
+Through mlx-lm's own ``generate_step``, in turn. Weights are made at random, for speed
+does not depend on them, but rows of a cluster resemble each other and logits are as
+peaked as a language model's, so that drafts stand about as often.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from typing import Any
+
+import click
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.sample_utils import make_sampler
+
+from mlx_flashhead import patch_decoding, unpatch, verification
+from mlx_flashhead.benchmarking.report import markdown_table
+from mlx_flashhead.compute.table import Table
+from mlx_flashhead.head import FlashHead
+from mlx_flashhead.integration.locate import place
+from mlx_flashhead.integration.slots import FlashLinear
+from mlx_flashhead.kernels import doctor
+
+# Not "from mlx_lm import generate": that name is a function's.
+_generate = importlib.import_module("mlx_lm.generate")
+
+_COMMON = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
+# Module of mlx-lm and its arguments; all are tied.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma-3-270m": (
+        "gemma3_text",
+        {
+            **_COMMON,
+            "model_type": "gemma3_text",
+            "hidden_size": 640,
+            "num_hidden_layers": 18,
+            "intermediate_size": 2048,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 262_144,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+    ),
+    "qwen3-0.6b": (
+        "qwen3",
+        {
+            **_COMMON,
+            "model_type": "qwen3",
+            "hidden_size": 1024,
+            "num_hidden_layers": 28,
+            "intermediate_size": 3072,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151_936,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama-3.2-1b": (
+        "llama",
+        {
+            **_COMMON,
+            "model_type": "llama",
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "intermediate_size": 8192,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "vocab_size": 128_256,
+            "rope_theta": 5e5,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+SAMPLERS: dict[str, dict[str, Any]] = {
+    "greedy": {"temp": 0.0},
+    "top-p": {"temp": 0.8, "top_p": 0.95},
+    "top-k": {"temp": 0.8, "top_k": 40},
+    "temperature": {"temp": 0.8},
+}
+CLUSTER_SIZE = 16
+# Standard deviation of the logits: the likeliest token then has most of the mass.
+SPREAD = 8.0
+
+
+def body(name: str, bits: int) -> nn.Module:
+    """A model, its weights at random, quantized."""
+    mx.random.seed(0)
+    module, arguments = MODELS[name]
+    classes = importlib.import_module(f"mlx_lm.models.{module}")
+    model = classes.Model(classes.ModelArgs.from_dict(arguments))
+    model.tie_word_embeddings = True
+    model.pop("lm_head", None)
+    model.set_dtype(mx.bfloat16)
+    v, d = arguments["vocab_size"], arguments["hidden_size"]
+    means = mx.random.normal((v // CLUSTER_SIZE, 1, d))
+    rows = means + 0.3 * mx.random.normal((v // CLUSTER_SIZE, CLUSTER_SIZE, d))
+    rows = rows * (SPREAD / d**0.5)
+    model.model.embed_tokens.weight = rows.reshape(v, d).astype(mx.bfloat16)
+    nn.quantize(model, 64, bits)
+    mx.eval(model.parameters())
+    return model
+
+
+def flash(name: str, bits: int, exact: bool) -> nn.Module:
+    """The same with a FlashHead over the same rows."""
+    model = body(name, bits)
+    table = model.model.embed_tokens
+    v = MODELS[name][1]["vocab_size"]
+    c = v // CLUSTER_SIZE
+    arrays = [table.weight, table.scales, table.biases]
+    rows = Table(
+        *(a.reshape(c, CLUSTER_SIZE, -1) for a in arrays), bits=bits, group_size=64
+    )
+    means = rows.dequantize(mx.float32).mean(1).astype(mx.bfloat16)
+    head = FlashHead(
+        rows,
+        Table.from_dense(means, 4, 64),
+        mx.arange(v, dtype=mx.uint32).reshape(c, CLUSTER_SIZE),
+        v,
+        spread=mx.zeros(c),
+        excess=mx.zeros((1, c)),
+        n_probes=c // (32 if exact else 16),
+    )
+    place(model, "model.embed_tokens", head)
+    slot = model.model.embed_tokens
+    assert isinstance(slot, FlashLinear)
+    if exact:
+        slot.decoding, slot.verify_every = "exact", 16
+    mx.eval(model.parameters())
+    return model
+
+
+def run(model: nn.Module, options: dict[str, Any], n: int) -> float:
+    """Tokens per second, the first 32 apart."""
+    mx.random.seed(1)
+    prompt = mx.arange(32) + 5
+    times = []
+    for _ in _generate.generate_step(
+        prompt, model, sampler=make_sampler(**options), max_tokens=n
+    ):
+        times.append(time.perf_counter())
+    return (n - 33) / (times[-1] - times[32])
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("names", nargs=-1, type=click.Choice(list(MODELS)))
+@click.option("--bits", default=8)
+@click.option("--max-tokens", default=193)
+@click.option("--repeats", default=5)
+@click.option("--samplers", default=",".join(SAMPLERS))
+def main(names, bits, max_tokens, repeats, samplers):
+    """Decode with made models: dense, approximate, exact."""
+    click.echo(doctor.describe())
+    table = [
+        [
+            *("model", "sampler", "dense", "approximate", "exact"),
+            *("approximate / dense", "exact / dense (least to most)"),
+            *("drafts that stood", "thrown away"),
+        ]
+    ]
+    for name in names or MODELS:
+        models = {
+            "dense": body(name, bits),
+            "approximate": flash(name, bits, False),
+            "exact": flash(name, bits, True),
+        }
+        for sampler in samplers.split(","):
+            found: dict[str, list[float]] = {way: [] for way in models}
+            with verification() as count:
+                for repeat in range(repeats + 1):
+                    for way, model in models.items():
+                        unpatch() if way == "dense" else patch_decoding()
+                        speed = run(model, SAMPLERS[sampler], max_tokens)
+                        if repeat:
+                            found[way].append(speed)
+            unpatch()
+            middle = {w: sorted(s)[len(s) // 2] for w, s in found.items()}
+            ratios = sorted(
+                e / d for e, d in zip(found["exact"], found["dense"], strict=True)
+            )
+            table.append(
+                [
+                    *(name, sampler, *(f"{s:.1f}" for s in middle.values())),
+                    f"{middle['approximate'] / middle['dense']:.2f}",
+                    f"{middle['exact'] / middle['dense']:.2f} "
+                    f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                    f"{100 * count.acceptance:.1f} %",
+                    f"{100 * count.waste:.1f} %",
+                ]
+            )
+            click.echo(" | ".join(table[-1]))
+    click.echo(markdown_table(table, left=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What a decode step launches, counted in its graph: see benchmarks/launches.py."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks/launches.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("launches", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def counted(script):
+    return script.count()
+
+
+def test_a_draft_is_four_launches_for_every_sampler(script, counted):
+    """Stage 1 is MLX's product; selection, scores and the draw are kernels."""
+    assert set(counted) == set(script.SAMPLERS)
+    for name, each in counted.items():
+        assert dict(each["draft"]) == {"QuantizedMatmul": 1, "kernel": 3}, name
+
+
+def test_a_verification_does_not_grow_with_its_positions(script, counted, monkeypatch):
+    monkeypatch.setattr(script, "VERIFY_EVERY", 2 * script.VERIFY_EVERY)
+    twice = script.count()
+    for name, each in counted.items():
+        assert twice[name]["verification"].total() == each["verification"].total(), name
+
+
+def test_launches_are_counted(script):
+    x = mx.random.normal((4, 8))
+    mx.eval(x)
+    y = (x.reshape(8, 4) @ x)[:2].T
+    assert dict(script.launches(y)) == {"Matmul": 1}
+    assert script.launches(mx.exp(x) + 1, y).total() == 3
