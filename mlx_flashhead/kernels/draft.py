@@ -312,6 +312,7 @@ _SAMPLED = """
                 load_words<WORDS>(from + (size_t(at) * UNITS + unit) * WORDS, w);
                 float dot = 0.0f;
                 float all = 0.0f;
+#pragma unroll
                 for (int i = 0; i < UNIT; i++) {
                     dot += v[i] * (QUANTIZED ? unpack<BITS>(w, i) : element<T>(w, i));
                     all += v[i];

@@ -9,6 +9,7 @@ from . import backend
 from ._prelude import LARGE_GROUP, SMALL_GROUP, TOKEN
 
 _SOURCE = """
+    static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole simdgroups, at most 32");
     uint lid = thread_position_in_threadgroup.x;
     uint simd_lid = thread_index_in_simdgroup;
     uint simd_gid = simdgroup_index_in_threadgroup;

@@ -15,7 +15,12 @@ _Arrays = tuple[mx.array, mx.array, mx.array | None, mx.array | None, mx.array]
 # lanes share a row and read it side by side, 16 bytes or more each, so four rows are
 # read at once; a lane keeps ROWS such sets in flight and uses x for all of them. The
 # bits of a quantized weight become a float by or-ing them into the mantissa of 2^23,
-# which is exact.
+# which is exact. What is indexed by a loop's counter is an array in registers only if
+# the loop is unrolled, so all loops over ROWS, UNIT and WORDS say that they are.
+#
+# Lanes that share a scale read it at the same address, which the memory serves once. To
+# read it in one of them and shuffle would take the same load, which all lanes issue
+# together, and a shuffle more.
 _SOURCE = """
     constexpr int UNIT = unit_size(BITS);  // weights that a lane reads at a time
     constexpr int WORDS = UNIT * BITS / 32;
@@ -23,6 +28,12 @@ _SOURCE = """
     constexpr int GROUPS = D / GROUP_SIZE;
     constexpr int ROWS = M > 12 ? 4 : (M + 3) / 4;
     constexpr int CHUNKS = (M + 4 * ROWS - 1) / (4 * ROWS);
+    static_assert(M >= 1 && D % UNIT == 0, "a row is whole units");
+    static_assert(UNIT * BITS == 32 * WORDS, "a unit is whole words");
+    static_assert(!QUANTIZED || (D % GROUP_SIZE == 0 && GROUP_SIZE % UNIT == 0),
+                  "a unit has one scale");
+    static_assert(!QUANTIZED || BITS <= 23, "weights fit the mantissa of 2^23");
+    static_assert(THREADS % 32 == 0, "whole simdgroups");
     uint simd_lid = thread_index_in_simdgroup;
     uint batch = threadgroup_position_in_grid.y;
     uint n_probes = probes_shape[1];
@@ -40,43 +51,54 @@ _SOURCE = """
     float best = -INFINITY;
     uint best_at = ~0u;
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        uint rows[ROWS];
+        // Where the rows and their groups begin.
+        const device uint* row_words[ROWS];
+        size_t row_groups[ROWS];
         float acc[ROWS];
+#pragma unroll
         for (int r = 0; r < ROWS; r++) {
             uint row = (chunk * ROWS + r) * 4 + simd_lid / 8;
-            rows[r] = min(first + min(row, uint(M - 1)), n_rows - 1);
+            size_t at = min(first + min(row, uint(M - 1)), n_rows - 1);
+            row_words[r] = words + at * (UNITS * WORDS);
+            row_groups[r] = at * GROUPS;
             acc[r] = 0.0f;
         }
         for (int unit = simd_lid % 8; unit < UNITS; unit += 8) {
             float v[UNIT];
             load_floats<T, UNIT>(x_words, unit, v);
             uint w[ROWS][WORDS];
+#pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                const device uint* from = words
-                    + (size_t(rows[r]) * UNITS + unit) * WORDS;
-                load_words<WORDS>(from, w[r]);
+                load_words<WORDS>(row_words[r] + unit * WORDS, w[r]);
             }
             if (QUANTIZED) {
+                int group = unit * UNIT / GROUP_SIZE;
                 float sum = 0.0f;
+#pragma unroll
                 for (int i = 0; i < UNIT; i++) {
                     sum += v[i];
                 }
+#pragma unroll
                 for (int r = 0; r < ROWS; r++) {
                     float dot = 0.0f;
+#pragma unroll
                     for (int i = 0; i < UNIT; i++) {
                         dot += v[i] * unpack<BITS>(w[r], i);
                     }
-                    size_t at = size_t(rows[r]) * GROUPS + unit * UNIT / GROUP_SIZE;
+                    size_t at = row_groups[r] + group;
                     acc[r] += load(scales, at) * dot + load(biases, at) * sum;
                 }
             } else {
+#pragma unroll
                 for (int r = 0; r < ROWS; r++) {
+#pragma unroll
                     for (int i = 0; i < UNIT; i++) {
                         acc[r] += v[i] * element<T>(w[r], i);
                     }
                 }
             }
         }
+#pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float value = acc[r];
             value += simd_shuffle_xor(value, ushort(1));
@@ -114,6 +136,7 @@ METAL_FUNC constexpr int unit_size(int bits) {
 template <int N>
 METAL_FUNC void load_words(const device uint* from, thread uint* to) {
     if (N % 4 == 0) {
+#pragma unroll
         for (int i = 0; i < N; i += 4) {
             uint4 v = *(const device uint4*)(from + i);
             to[i] = v.x;
@@ -122,12 +145,14 @@ METAL_FUNC void load_words(const device uint* from, thread uint* to) {
             to[i + 3] = v.w;
         }
     } else if (N % 2 == 0) {
+#pragma unroll
         for (int i = 0; i < N; i += 2) {
             uint2 v = *(const device uint2*)(from + i);
             to[i] = v.x;
             to[i + 1] = v.y;
         }
     } else {
+#pragma unroll
         for (int i = 0; i < N; i++) {
             to[i] = from[i];
         }
@@ -147,8 +172,10 @@ METAL_FUNC float element<float>(thread const uint* words, int i) {
 template <typename T, int N>
 METAL_FUNC void load_floats(const device uint* from, int unit, thread float* to) {
     constexpr int WORDS = N * sizeof(T) / 4;
+    static_assert(WORDS * 4 == int(N * sizeof(T)), "whole words");
     uint words[WORDS];
     load_words<WORDS>(from + unit * WORDS, words);
+#pragma unroll
     for (int i = 0; i < N; i++) {
         to[i] = element<T>(words, i);
     }

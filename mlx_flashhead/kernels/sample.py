@@ -14,6 +14,9 @@ from ._prelude import BINS, LARGE_GROUP, SMALL_GROUP
 # back-end.
 _SOURCE = """
     constexpr int N = (K + THREADS - 1) / THREADS;
+    // A mass has 40 bits, and the tail's TAIL_BITS more.
+    static_assert(K >= 1 && K <= 131072, "sums of masses stay below 2^64");
+    static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole simdgroups, at most 32");
     uint lid = thread_position_in_threadgroup.x;
     uint simd_lid = thread_index_in_simdgroup;
     uint simd_gid = simdgroup_index_in_threadgroup;

@@ -13,6 +13,7 @@ from ._prelude import BINS, LARGE_GROUP, SMALL_GROUP
 # stretch of indices, ties in order of index until p are chosen.
 _SOURCE = """
     constexpr int N = (C + THREADS - 1) / THREADS;
+    static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole simdgroups, at most 32");
     uint lid = thread_position_in_threadgroup.x;
     uint simd_lid = thread_index_in_simdgroup;
     uint simd_gid = simdgroup_index_in_threadgroup;
