@@ -134,7 +134,7 @@ def measure(
             drafted, token = [], 0
             for i in range(VERIFY_EVERY):
                 drafted.append(h)
-                token = coupled._draft(head, settings, h, keys[i], *weights)
+                token = _draw(head, settings, h, keys[i], *weights)[0]
                 h = h + (token[:, None] % 7).astype(h.dtype) * 1e-3
             logits = head.clustered(mx.concatenate(drafted))
             tokens, _ = coupled._draw(head, settings, 1024, logits, keys)

@@ -99,8 +99,8 @@ def small_head(vocab_size: int = 4096, hidden_size: int = 64) -> FlashHead:
 
 
 def count() -> dict[str, dict[str, Counter[str]]]:
-    """Launches by sampler, of each way: mlx-lm's dense head, approximate decoding, a
-    draft, and the verification of a chunk."""
+    """Launches by sampler: of mlx-lm's dense head, of FlashHead's approximate draw or
+    draft, which are the same, and of the verification of a chunk."""
     head = small_head()
     h = mx.zeros((1, head.hidden_size), mx.bfloat16)
     states = mx.zeros((VERIFY_EVERY, head.hidden_size), mx.bfloat16)
@@ -124,8 +124,7 @@ def count() -> dict[str, dict[str, Counter[str]]]:
         found[name] = {"mlx-lm, dense": launches(*dense())}
         with as_on_a_gpu():
             for way, step in (
-                ("approximate", lambda s=settings: [draw(head, s, h, key).tokens]),
-                ("draft", lambda s=settings: [coupled.draft(head, s, h, key)]),
+                ("FlashHead", lambda s=settings: [draw(head, s, h, key).tokens]),
                 (
                     "verification",
                     lambda s=settings: list(

@@ -24,11 +24,11 @@ def counted(script):
     return script.count()
 
 
-def test_a_draft_is_four_launches_for_every_sampler(script, counted):
+def test_a_draw_is_four_launches_for_every_sampler(script, counted):
     """Stage 1 is MLX's product; selection, scores and the draw are kernels."""
     assert set(counted) == set(script.SAMPLERS)
     for name, each in counted.items():
-        assert dict(each["draft"]) == {"QuantizedMatmul": 1, "kernel": 3}, name
+        assert dict(each["FlashHead"]) == {"QuantizedMatmul": 1, "kernel": 3}, name
 
 
 def test_a_verification_does_not_grow_with_its_positions(script, counted, monkeypatch):

@@ -132,7 +132,7 @@ def test_sampled(law, table):
     rows = kernels.Rows(x, weight, s, o, bits or 8 * dtype.size, group_size, n_rows)
     tail = kernels.Tail(
         normal(b, c, seed=4).astype(dtype), normal(c, seed=5), normal(c, seed=6),
-        exact, rows,
+        exact, rows, p == c,
     )  # fmt: skip
     ids = mx.arange(c * m, dtype=mx.uint32).reshape(c, m)
     shaping = kernels.Shaping(rounding, 1.0, softcap)

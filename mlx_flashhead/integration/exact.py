@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head import FlashHead, prefers_dense
-from ..sampling import Processor, Settings, coupled, fits
+from ..sampling import Processor, Settings, coupled, draw, fits
 from ..sampling.draw import known_transform
 from .keys import Keys
 from .rollback import Rollback, supported
@@ -194,14 +194,9 @@ class ExactDecoder:
     ) -> mx.array:
         if self.readable:
             context = mx.concatenate([context, *tokens[1:]])
-        return coupled.draft(
-            self.head,
-            self.settings,
-            h,
-            self._key(i),
-            self.readable or [],
-            context,
-        )
+        # Of a sampler that is not known the likeliest token is the best guess.
+        settings, readable = self.settings or Settings(), self.readable or []
+        return draw(self.head, settings, h, self._key(i), readable, context).tokens
 
     def _key(self, i: int) -> mx.array:
         return self.keys.at(self._position + i, self.settings or Settings())

@@ -47,6 +47,7 @@ using atomic_uint = unsigned int;
 #define atomic_load_explicit(p, order) (*(p))
 #define atomic_store_explicit(p, v, order) (*(p) = (v))
 #define atomic_fetch_add_explicit(p, v, order) atomicAdd(p, v)
+#define atomic_fetch_or_explicit(p, v, order) atomicOr(p, v)
 
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)

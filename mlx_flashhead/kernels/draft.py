@@ -118,12 +118,12 @@ _GREEDY = """
 """
 
 _SAMPLED = """
-    constexpr int N = (P * M + THREADS - 1) / THREADS;
     constexpr int SIMDGROUPS = THREADS / 32;
     uint tid = thread_position_in_threadgroup.x;
     uint lane = thread_index_in_simdgroup;
     uint group = simdgroup_index_in_threadgroup;
     uint row = threadgroup_position_in_grid.y;
+    uint P = probes_shape[1];
     size_t base = size_t(row) * P * M;
     float temperature = as_type<float>(settings[0]);
     float scale = as_type<float>(settings[1]);
@@ -139,7 +139,6 @@ _SAMPLED = """
     threadgroup ulong totals[32];
     threadgroup ulong inverse[1];
     threadgroup uint words[4];
-    threadgroup uint place[1];
     threadgroup float scored[M];
 
     if (tid < 4) {
@@ -151,7 +150,7 @@ _SAMPLED = """
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (uint q = tid; q < P; q += THREADS) {
         uint c = probes[size_t(row) * P + q];
-        atomic_fetch_add_explicit(
+        atomic_fetch_or_explicit(
             &probed[c / 32], 1u << (c % 32), memory_order_relaxed);
     }
     float top = -INFINITY;
@@ -280,18 +279,19 @@ _SAMPLED = """
             }
         }
     }
-    if (tid == 0) {
-        place[0] = ~0u;
-    }
     find_best<THREADS>(best, cluster, bests, ats, lane, group);
     cluster = cluster < C ? cluster : 0;
-    for (uint q = tid; q < P; q += THREADS) {
-        if (probes[size_t(row) * P + q] == cluster) {
-            place[0] = q;
-        }
+    uint q = ~0u;
+    for (uint i = tid; i < P; i += THREADS) {
+        q = probes[size_t(row) * P + i] == cluster && i < q ? i : q;
+    }
+    q = simd_min(q);
+    if (lane == 0) {
+        ats[group] = q;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    uint q = place[0];
+    q = simd_min(lane < SIMDGROUPS ? ats[lane] : ~0u);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // Its logits: those that there are, or those of the rows, scored here.
     if (TAIL && q == ~0u) {
@@ -455,6 +455,7 @@ class Tail(NamedTuple):
         at_one: The same at temperature 1, for filters.
         score: Exact logits ``[B, 1, m]`` of the rows of clusters ``[B, 1]``.
         rows: The table that these come from; ``None`` where a kernel cannot read it.
+        empty: Whether there are none.
     """
 
     centroid_logits: mx.array
@@ -462,6 +463,7 @@ class Tail(NamedTuple):
     at_one: mx.array
     score: Callable[[mx.array], mx.array]
     rows: Rows | None
+    empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -498,7 +500,8 @@ def draft_greedy(
 
     Args:
         logits: Exact logits of the head, float32 ``[B, p * m]``; ``-inf`` for padding.
-        probes: Probed clusters, uint32 ``[B, p]``.
+        probes: Probed clusters, uint32 ``[B, p]``. One may stand there again, its
+            logits then ``-inf``.
         token_ids: Token of each row, uint32 ``[C, m]``.
         shaping: What the model makes of logits.
 
@@ -551,10 +554,10 @@ def draft_sampled(
     m = token_ids.shape[1]
     most = LARGE_GROUP if max(logits.shape[1], len(token_ids)) > 2048 else SMALL_GROUP
     if law.has_kernel and tail.rows is not None:
-        options = _options(law, probes.shape[1], *token_ids.shape)
+        options = _options(law, logits.shape[1], tail)
         names = [str(shaping.rounding), str(tail.centroid_logits.dtype)]
         names += [n for n, on in options.items() if on]
-        names += [f"{len(token_ids)} clusters of {m}, p {probes.shape[1]}"]
+        names += [f"{len(token_ids)} clusters of {m}"]
         if options["TAIL"]:
             rows = tail.rows
             kind = rows.scales.dtype if rows.scales is not None else rows.x.dtype
@@ -562,8 +565,7 @@ def draft_sampled(
             names.append(f"groups of {rows.group_size}, {rows.x.dtype}")
         names.append(f"up to {most} threads")
         variant = f"draft_sampled({', '.join(names)})".replace("mlx.core.", "")
-        sizes = probes.shape[1], len(token_ids), m
-        check = partial(_check_sampled, sizes, shaping, law, tail)
+        check = partial(_check_sampled, m, shaping, law, tail)
         threads = backend.largest_group(variant, most, check)
         if threads:
             return _launch_sampled(
@@ -603,12 +605,18 @@ def _reference(
         kept, tail_kept = filters.keep(distance, law.rules, behind, drops, exempt)
         values = mx.where(kept, values, -mx.inf)
         every = mx.where(tail_kept[:, None], every, -mx.inf)
+    if law.drops_tail or tail.empty:
+        every = mx.full(every.shape, -mx.inf)
     heated = values.reshape(b, p, m) / temperature
-    every = mx.put_along_axis(every, probes, mx.logsumexp(heated, axis=-1), axis=1)
+    # A cluster may stand twice, but then its rows count once.
+    every = mx.put_along_axis(every, probes, mx.array(-mx.inf), axis=1)
+    every = every.at[mx.arange(b)[:, None], probes].maximum(
+        mx.logsumexp(heated, axis=-1)
+    )
     cluster = mx.argmax(every + noise.clusters, axis=-1)
     of_cluster = probes == cluster[:, None]
     rows = mx.where(of_cluster[..., None], heated, -mx.inf).max(axis=1)
-    if not law.drops_tail and p < n_clusters:
+    if not (law.drops_tail or tail.empty):
         # The winner may be a cluster that was not probed: its rows are scored as well.
         scored = tail.score(cluster[:, None].astype(mx.uint32))[:, 0]
         scored = shaping.transformed(scored) / temperature
@@ -624,13 +632,13 @@ def _bits(x: float) -> int:
     return int(np.float32(x).view(np.uint32))
 
 
-def _options(law: Law, p: int, n_clusters: int, m: int) -> dict[str, bool]:
+def _options(law: Law, n_candidates: int, tail: Tail) -> dict[str, bool]:
     rules = law.rules or filters.Rules()
     return {
         "TOP_P": rules.top_p < 1,
-        "TOP_K": 0 < rules.top_k < p * m,
-        "TAIL": not law.drops_tail and p < n_clusters,
-        "TAIL_COUNTS": rules.top_p < 1 and p < n_clusters,
+        "TOP_K": 0 < rules.top_k < n_candidates,
+        "TAIL": not (law.drops_tail or tail.empty),
+        "TAIL_COUNTS": rules.top_p < 1 and not tail.empty,
     }
 
 
@@ -668,7 +676,7 @@ def _launch_sampled(
 ) -> mx.array:
     rules, rows = law.rules or filters.Rules(), tail.rows
     assert rows is not None  # or there is no kernel
-    options = _options(law, probes.shape[1], *token_ids.shape)
+    options = _options(law, logits.shape[1], tail)
     words = [_bits(law.temperature), *shaping.words, rules.limit, rules.share]
     words += [rules.top_k, rows.n_rows]
     return _sampled(
@@ -681,7 +689,6 @@ def _launch_sampled(
         ],
         template=[
             ("T", rows.x.dtype),
-            ("P", probes.shape[1]),
             ("C", len(token_ids)),
             ("M", token_ids.shape[1]),
             ("D", rows.x.shape[1]),
@@ -710,7 +717,7 @@ def _check_greedy(m: int, shaping: Shaping, threads: int) -> None:
 
 
 def _check_sampled(
-    sizes: tuple[int, int, int],
+    m: int,
     shaping: Shaping,
     law: Law,
     tail: Tail,
@@ -718,8 +725,7 @@ def _check_sampled(
 ) -> None:
     """Draws of 64 keys. Rounding may move a few: noise that two clusters share to all
     digits does not happen, but the edge of a filter may lie on a token."""
-    p, c, m = sizes
-    p, c = (97, 97) if p == c else (40, 97)
+    p, c = (97, 97) if tail.empty else (40, 97)
     rows = tail.rows
     assert rows is not None  # or there is no kernel
     b, d = 64, rows.x.shape[1]
@@ -748,6 +754,7 @@ def _check_sampled(
         mx.random.uniform(shape=(c,), key=key),
         score,
         Rows(x, weight, scales, biases, rows.bits, rows.group_size, c * m),
+        tail.empty,
     )
     keys = mx.random.split(key, b)
     args = (logits, probes, ids, shaping, keys, law, other)

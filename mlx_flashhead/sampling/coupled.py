@@ -19,11 +19,11 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import kernels
-from ..head import FlashHead, masses
+from ..head import FlashHead
 from ..kernels import filters, fixed_point
-from . import processing
+from .draw import rules_of
 from .settings import Bias, Processor, Settings
-from .steps import constant, run
+from .steps import run
 
 # Clusters that filters look at, those with the largest logits. They contain whatever a
 # filter keeps, unless it keeps tokens below the largest logit of all other clusters.
@@ -36,77 +36,6 @@ class Drawn(NamedTuple):
 
     tokens: mx.array
     certain: mx.array
-
-
-def draft(
-    head: FlashHead,
-    settings: Settings | None,
-    h: mx.array,
-    key: mx.array,
-    processors: list[Processor] | None = None,
-    context: mx.array | None = None,
-) -> mx.array:
-    """The token, uint32 ``[1]``, that the dense head is expected to draw.
-
-    Args:
-        head: The head; what the model does to its logits is known.
-        settings: How to draw; ``None`` for a sampler that is not known, for which the
-          likeliest token is the best guess.
-        h: One hidden state ``[1, D]``.
-        key: Key of the position, uint32 ``[2]``.
-        processors: Logits processors that are known.
-        context: The tokens so far ``[n]``, for the processors.
-    """
-    weights: list[mx.array] = []
-    if settings is not None and not settings.greedy:
-        for temperature in (settings.temp, 1.0):
-            weights.append(constant(head, masses.log_weights, temperature))
-    if not processors:
-        return run(head, _draft, (settings,), h, key, *weights)
-    return _draft(
-        head, settings, h, key, *weights, processors=processors, context=context
-    )
-
-
-def _draft(
-    head: FlashHead,
-    settings: Settings | None,
-    h: mx.array,
-    key: mx.array,
-    *weights: mx.array,
-    processors: list[Processor] | None = None,
-    context: mx.array | None = None,
-) -> mx.array:
-    """:func:`draft`, of arrays alone where there are no processors; ``weights`` are
-    those of :func:`masses.log_weights` at the temperature and at 1."""
-    transform = head.transform
-    assert transform is not None  # fits() has seen that it is known
-    centroid_logits = head.centroid_logits(h)
-    probes = head.select(centroid_logits)
-    logits = head.score(h, probes).reshape(1, -1)
-    # As the dense head rounds, whose ties then agree.
-    rounding = mx.result_type(h.dtype, head.rows.dtype)
-    shaping = kernels.Shaping(rounding, transform.scale, transform.softcap)
-    if processors:
-        logits = _processed(head, processors, context, h, probes[0], shaping(logits))
-        shaping = kernels.Shaping()
-    if settings is None or settings.greedy:
-        return kernels.draft_greedy(logits, probes, head.token_ids, shaping)
-    heated, at_one = weights
-    tail = kernels.Tail(
-        centroid_logits,
-        heated,
-        at_one,
-        lambda clusters: head.score(h, clusters),
-        None if processors else head.kernel_rows(h),
-    )
-    law = kernels.Law(settings.temp, _rules(settings), settings.xtc_probability)
-    exempt = None
-    if settings.xtc_special_tokens:
-        exempt = settings.xtc_exempt(head.token_ids[probes].reshape(1, -1))
-    return kernels.draft_sampled(
-        logits, probes, head.token_ids, shaping, key[None], law, tail, exempt
-    )
 
 
 def draw(
@@ -150,7 +79,7 @@ def _draw(
         whole = mx.concatenate([whole, padding], axis=-1)
     clustered = whole.reshape(k, head.n_clusters, head.cluster_size)
     noise, of_rows, coins = kernels.Noise.make(head.n_clusters, head.cluster_size, keys)
-    rules = _rules(settings)
+    rules = rules_of(settings)
     if rules is None:
         chosen = mx.broadcast_to(mx.arange(head.n_clusters), noise.shape)
         every = mx.logsumexp(clustered / settings.temp, axis=-1)
@@ -167,7 +96,7 @@ def _draw(
         ids = head.token_ids[chosen]
         filtered, _ = _filter(settings, rules, before, ids, coins, rest)
         every = mx.logsumexp(filtered / settings.temp, axis=-1)
-        if _cuts(settings):
+        if settings.cuts:
             # Filters keep the likeliest. Where they have dropped one that is as likely
             # as any outside, all outside are dropped, too.
             kept = filtered > -mx.inf
@@ -191,24 +120,6 @@ def _draw(
     return head.token_ids[cluster, row], certain
 
 
-def _rules(settings: Settings) -> filters.Rules | None:
-    """The filters' settings; ``None`` where nothing is filtered."""
-    if not _cuts(settings) and settings.xtc_probability == 0:
-        return None
-    return filters.Rules(
-        settings.nucleus,
-        settings.min_p,
-        settings.min_tokens_to_keep,
-        settings.top_k,
-        settings.xtc_threshold,
-    )
-
-
-def _cuts(settings: Settings) -> bool:
-    """Whether a filter drops the least likely tokens."""
-    return settings.nucleus < 1 or settings.min_p > 0 or settings.top_k > 0
-
-
 def _filter(
     settings: Settings,
     rules: filters.Rules,
@@ -228,29 +139,6 @@ def _filter(
     exempt = settings.xtc_exempt(ids.reshape(flat.shape))
     kept, tail = filters.keep(distance, rules, top[:, 0] - rest, drops, exempt)
     return mx.where(kept.reshape(logits.shape), logits, -mx.inf), tail
-
-
-def _processed(
-    head: FlashHead,
-    processors: list[Processor],
-    context: mx.array | None,
-    h: mx.array,
-    probes: mx.array,
-    logits: mx.array,
-) -> mx.array:
-    """Logits ``[1, p * m]`` of the clusters ``probes [p]`` with what the processors
-    make of those tokens that stand there."""
-    ids, edited = processing.apply(head, processors, context, h)
-    cluster, slot = mx.divmod(head.positions[ids], head.cluster_size)
-    match = probes[None] == cluster[:, None]
-    n = logits.size
-    at = mx.where(
-        match.any(axis=-1), mx.argmax(match, axis=-1) * head.cluster_size + slot, n
-    )
-    # What is not probed, and repetitions, go to a place that is cut off.
-    at = mx.where(processing.repeated(ids), n, at)
-    flat = mx.concatenate([logits.reshape(-1), mx.zeros(1)])
-    return mx.put_along_axis(flat, at, edited[0], axis=0)[:n].reshape(logits.shape)
 
 
 def process(

@@ -1,33 +1,38 @@
-"""Draw tokens among candidates, the whole vocabulary counted.
+"""Draw tokens among what FlashHead retrieves, the whole vocabulary counted.
 
-Probed tokens have exact logits. All others stand behind one entry, the *tail*, whose
-mass is the sum of the estimated masses of the clusters that were not probed (arXiv
-2603.14591, section on sampling, draws clusters by their centroids' softmax instead).
-One of these clusters is drawn in advance by its mass and scored with the probed ones;
-where the draw falls on the tail, the token is drawn among its rows. So a token t of an
-unprobed cluster c has the probability
+Probed tokens have exact logits, and the other clusters estimated masses (arXiv
+2603.14591, section on sampling, draws clusters by their centroids' softmax instead). A
+cluster is drawn by its mass, then a token among its rows, which are scored exactly
+wherever the draw falls. So a token t of an unprobed cluster c has the probability
 
-    mass(c) / (probed mass + tail mass) * softmax(logits of c / T)[t]
+    mass(c) / (probed mass + mass of all others) * softmax(logits of c / T)[t]
 
-and every token of the vocabulary can come, without waiting for the device. What the
-filters keep of candidates and tail is defined in :mod:`mlx_flashhead.kernels.filters`.
+and every token of the vocabulary can come, without waiting for the device. The noise of
+a draw is Gumbel's, of clusters and of rows, by its key alone: what verifies a draft
+(:mod:`mlx_flashhead.sampling.coupled`) draws with the same. What the filters keep of
+candidates and of the rest is defined in :mod:`mlx_flashhead.kernels.filters`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from .. import kernels
 from ..head import FlashHead, Retrieved, Transform, masses
+from ..kernels import filters
 from . import processing
 from .settings import Processor, Settings
-from .steps import run
+from .steps import constant, run
 
 # Candidates that the sampling kernel takes, and clusters.
 LIMIT = 131_072
+
+# Ids ``[n]`` and logits ``[1, n]`` that logits processors have changed.
+Edits = tuple[mx.array, mx.array]
 
 
 class Drawn(NamedTuple):
@@ -36,24 +41,14 @@ class Drawn(NamedTuple):
     Attributes:
         tokens (mx.array): uint32 ``[B]``.
         retrieved (Retrieved): What was scored.
-        edits (tuple, optional): Ids ``[n]`` and logits ``[1, n]`` that logits
-          processors have changed.
+        states (mx.array): The hidden states ``[B, D]``.
+        edits (tuple, optional): What logits processors have changed.
     """
 
     tokens: mx.array
     retrieved: Retrieved
-    edits: tuple[mx.array, mx.array] | None = None
-
-
-class Pool(NamedTuple):
-    """What a token is drawn from: logits of the candidates ``[B, K]`` and of the tail
-    cluster's rows ``[B, m]``, and the log-mass of the tail ``[B, 2]`` at the
-    temperature and at 1; ``None`` for rows that cannot be drawn and masses that do not
-    count."""
-
-    logits: mx.array
-    rest: mx.array | None
-    tail: mx.array | None
+    states: mx.array
+    edits: Edits | None = None
 
 
 def fits(head: FlashHead, settings: Settings) -> bool:
@@ -84,24 +79,113 @@ def draw(
         processors: Logits processors, for one hidden state.
         context: The tokens so far ``[n]``, for the processors.
     """
+    weights: list[mx.array] = []
+    if not settings.greedy:
+        for temperature in (settings.temp, 1.0):
+            weights.append(constant(head, masses.log_weights, temperature))
     if not processors:
-        tokens, *scored = run(head, _draw, (settings,), h, key)
-        return Drawn(tokens, Retrieved(*scored))
-    retrieved, pool = _retrieve(head, settings, h, key)
-    ids, logits = processing.apply(head, processors, context, h)
-    pool = _replace(head, retrieved.probes, pool, ids, logits)
-    n_tail = 0 if pool.rest is None else head.cluster_size
-    candidates = head.token_ids[retrieved.probes[0]].reshape(-1)
-    split = candidates.size - n_tail
-    candidates = mx.concatenate([candidates[:split], ids, candidates[split:]])
-    at = _choose(settings, pool, key, candidates[None])
-    return Drawn(candidates[at], retrieved, (ids, logits))
+        tokens, *scored = run(head, _draw, (settings,), h, key, *weights)
+        return Drawn(tokens, Retrieved(*scored), h)
+    edits = processing.apply(head, processors, context, h)
+    tokens, *scored = _draw(head, settings, h, key, *weights, edits=edits)
+    return Drawn(tokens, Retrieved(*scored), h, edits)
+
+
+def _draw(
+    head: FlashHead,
+    settings: Settings,
+    h: mx.array,
+    key: mx.array,
+    *weights: mx.array,
+    edits: Edits | None = None,
+) -> tuple[mx.array, ...]:
+    """:func:`draw`, of arrays alone; ``weights`` are those of
+    :func:`masses.log_weights` at the temperature and at 1."""
+    transform = known_transform(head)
+    centroid_logits = head.centroid_logits(h)
+    probes = head.select(centroid_logits)
+    if edits is not None:
+        of_edited = head.positions[edits[0]] // head.cluster_size
+        probes = mx.concatenate([probes, of_edited[None]], axis=1)
+    exact = head.score(h, probes).reshape(len(h), -1)
+    # As the dense head rounds, whose ties then agree.
+    rounding = mx.result_type(h.dtype, head.rows.dtype)
+    shaping = kernels.Shaping(rounding, transform.scale, transform.softcap)
+    logits, rows = exact, head.kernel_rows(h)
+
+    of_centroids, score = centroid_logits, partial(head.score, h)
+    if edits is not None:
+        # What the model makes of its logits comes before the processors.
+        before, shaping = shaping, kernels.Shaping()
+        logits = _edited(head, probes, before(exact), *edits)
+        of_centroids = before.transformed(centroid_logits.astype(mx.float32))
+        score = partial(_model_scores, head, before, h)
+        rows = rows if transform.identity else None
+    if settings.greedy:
+        tokens = kernels.draft_greedy(logits, probes, head.token_ids, shaping)
+        return tokens, centroid_logits, probes, exact
+    heated, at_one = weights
+    all_probed = head.n_probes == head.n_clusters
+    tail = kernels.Tail(of_centroids, heated, at_one, score, rows, all_probed)
+    law = kernels.Law(settings.temp, rules_of(settings), settings.xtc_probability)
+    exempt = None
+    if settings.xtc_special_tokens:
+        exempt = settings.xtc_exempt(head.token_ids[probes].reshape(exact.shape))
+    keys = key[None] if len(h) == 1 else mx.random.split(key, len(h))
+    tokens = kernels.draft_sampled(
+        logits, probes, head.token_ids, shaping, keys, law, tail, exempt
+    )
+    return tokens, centroid_logits, probes, exact
+
+
+def _model_scores(
+    head: FlashHead, shaping: kernels.Shaping, h: mx.array, clusters: mx.array
+) -> mx.array:
+    """:meth:`FlashHead.score`, of the model's logits."""
+    return shaping.transformed(head.score(h, clusters))
+
+
+def rules_of(settings: Settings) -> filters.Rules | None:
+    """The filters' settings; ``None`` where nothing is filtered."""
+    if not settings.cuts and settings.xtc_probability == 0:
+        return None
+    return filters.Rules(
+        settings.nucleus,
+        settings.min_p,
+        settings.min_tokens_to_keep,
+        settings.top_k,
+        settings.xtc_threshold,
+    )
+
+
+def _edited(
+    head: FlashHead,
+    probes: mx.array,
+    logits: mx.array,
+    ids: mx.array,
+    edited: mx.array,
+) -> mx.array:
+    """Logits ``[1, q * m]`` of the clusters ``probes [1, q]`` with ``edited [1, n]``
+    where ``ids [n]`` stand, whose clusters are the last n. What stands twice counts
+    where it stands first."""
+    m, (q, n) = head.cluster_size, (probes.shape[1], ids.size)
+    cluster, slot = mx.divmod(head.positions[ids], m)
+    first = mx.argmax(cluster[:, None] == probes, axis=-1)
+    stays = mx.concatenate(
+        [mx.ones(q - n, mx.bool_), first == mx.arange(q - n, q)], axis=0
+    )
+    rows = mx.where(stays[:, None], logits.reshape(q, m), -mx.inf)
+    # Repetitions go to a place that is cut off.
+    at = mx.where(processing.repeated(ids), q * m, first * m + slot)
+    flat = mx.concatenate([rows.reshape(-1), mx.zeros(1)])
+    return mx.put_along_axis(flat, at, edited[0], axis=0)[None, : q * m]
 
 
 def logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
     """Log-probabilities of the whole vocabulary, float32 ``[B, V]``: exact where
-    scored, estimated elsewhere. Lazy: whoever does not look at them pays nothing."""
-    logits = run(head, _expand, (), *drawn.retrieved)
+    scored and in the cluster of the token that was drawn, estimated elsewhere. Lazy:
+    whoever does not look at them pays nothing."""
+    logits = run(head, _logits, (), drawn.states, drawn.tokens, *drawn.retrieved)
     if drawn.edits is not None:
         ids, edited = drawn.edits
         again = processing.repeated(ids)  # the first of them counts
@@ -109,6 +193,24 @@ def logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
         ids = mx.where(again, ids[0], ids)
         logits = mx.put_along_axis(logits, ids[None], edited, axis=1)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _logits(
+    head: FlashHead,
+    h: mx.array,
+    tokens: mx.array,
+    centroid_logits: mx.array,
+    probes: mx.array,
+    exact: mx.array,
+) -> mx.array:
+    """Logits ``[B, V]`` of what was retrieved, and of the tokens' clusters."""
+    cluster = (head.positions[tokens] // head.cluster_size)[:, None]
+    return _expand(
+        head,
+        centroid_logits,
+        mx.concatenate([probes, cluster], axis=1),
+        mx.concatenate([exact, head.score(h, cluster)[:, 0]], axis=1),
+    )
 
 
 def full_logits(head: FlashHead, h: mx.array) -> mx.array:
@@ -129,127 +231,3 @@ def known_transform(head: FlashHead) -> Transform:
     """What the model does to its logits; :func:`fits` has seen that it is known."""
     assert head.transform is not None
     return head.transform
-
-
-def _draw(
-    head: FlashHead, settings: Settings, h: mx.array, key: mx.array
-) -> tuple[mx.array, ...]:
-    """:func:`draw` without processors, of arrays alone."""
-    if settings.greedy:
-        return _draw_greedy(head, h)
-    retrieved, pool = _retrieve(head, settings, h, key)
-    ids = None
-    if settings.xtc_special_tokens:
-        ids = head.token_ids[retrieved.probes].reshape(len(h), -1)
-    at = _choose(settings, pool, key, ids)
-    tokens = kernels.to_tokens(at, retrieved.probes, head.token_ids)
-    return tokens, *retrieved
-
-
-def _draw_greedy(head: FlashHead, h: mx.array) -> tuple[mx.array, ...]:
-    """The token with the largest logit among the probed, from the maximum of each
-    cluster where the kernel gives it."""
-    centroid_logits = head.centroid_logits(h)
-    probes = head.select(centroid_logits)
-    names = {"probes": probes, "token_ids": head.token_ids}
-    if not head.rows.has_kernel(h.dtype) or "bias" in head:
-        logits = head.score(h, probes).reshape(len(h), -1)
-        tokens = kernels.greedy(logits, **names)
-        return tokens, centroid_logits, probes, logits
-    blocks = head.probe(kernels.probe_logits_stats, h, probes)
-    tokens = kernels.greedy(blocks.block_max, indices=blocks.block_argmax, **names)
-    return tokens, centroid_logits, probes, blocks.logits
-
-
-def _retrieve(
-    head: FlashHead, settings: Settings, h: mx.array, key: mx.array
-) -> tuple[Retrieved, Pool]:
-    """What is scored for ``h``, the tail cluster last, and the pool it makes."""
-    centroid_logits = head.centroid_logits(h)
-    probes = probed = head.select(centroid_logits)
-    unsure = not settings.greedy and head.n_probes < head.n_clusters
-    # Min-p and top-k drop the tail, which top-p and XTC before them have counted.
-    has_tail = unsure and settings.top_k == 0 and settings.min_p == 0
-    counts = unsure and (settings.nucleus < 1 or settings.xtc_probability > 0)
-    tail = None
-    if has_tail or counts:
-
-        def unprobed(temperature: float) -> mx.array:
-            every = masses.log_masses(head, centroid_logits, temperature)
-            return mx.put_along_axis(every, probed, mx.array(-mx.inf), axis=-1)
-
-        at_one = heated = mx.full((len(h),), -mx.inf)
-        if counts:
-            at_one = mx.logsumexp(unprobed(1.0), axis=-1)
-        if has_tail:
-            rest = unprobed(settings.temp)
-            heated = mx.logsumexp(rest, axis=-1)
-            cluster = kernels.sample(rest, _subkey(key, 1), temperature=1.0)
-            probes = mx.concatenate([probes, cluster[:, None]], axis=-1)
-        tail = mx.stack([heated, at_one], axis=-1)
-    exact = head.score(h, probes).reshape(len(h), -1)
-    # A cap would make padding finite.
-    logits = mx.where(exact > -mx.inf, known_transform(head)(exact), -mx.inf)
-    n = head.n_probes * head.cluster_size
-    of_tail = logits[:, n:] if has_tail else None
-    return Retrieved(centroid_logits, probes, exact), Pool(logits[:, :n], of_tail, tail)
-
-
-def _choose(
-    settings: Settings, pool: Pool, key: mx.array, ids: mx.array | None
-) -> mx.array:
-    """Draw from a pool: indices ``[B]`` into its logits and, after them, its rest.
-    ``ids`` are the tokens of all, needed for XTC's special tokens."""
-    logits, rest, tail = pool
-    if settings.greedy:
-        return kernels.greedy(logits)
-    xtc: dict[str, Any] = {}
-    if settings.xtc_probability > 0:
-        xtc["xtc_probability"] = settings.xtc_probability
-        xtc["xtc_threshold"] = settings.xtc_threshold
-        if ids is not None:
-            xtc["xtc_exempt"] = settings.xtc_exempt(ids[:, : logits.shape[1]])
-    at = kernels.sample(
-        logits,
-        _subkey(key, 2),
-        temperature=settings.temp,
-        top_p=settings.nucleus,
-        min_p=settings.min_p,
-        min_tokens_to_keep=settings.min_tokens_to_keep,
-        top_k=settings.top_k,
-        tail=tail,
-        **xtc,
-    )
-    if rest is None:
-        return at
-    inside = kernels.sample(rest, _subkey(key, 3), temperature=settings.temp)
-    return mx.where(at < logits.shape[1], at, logits.shape[1] + inside)
-
-
-def _subkey(key: mx.array, i: int) -> mx.array:
-    """Keys of Threefry that differ anyhow give independent numbers."""
-    return key ^ mx.array([0, i << 28], dtype=mx.uint32)
-
-
-def _replace(
-    head: FlashHead, probes: mx.array, pool: Pool, ids: mx.array, logits: mx.array
-) -> Pool:
-    """The pool with ``logits [1, n]`` of ``ids [n]`` as candidates of their own,
-    instead of where they stood."""
-    m = head.cluster_size
-    cluster, slot = mx.divmod(head.positions[ids], m)
-    match = probes[0][None] == cluster[:, None]
-    at = mx.argmax(match, axis=-1) * m + slot
-    n = probes.shape[1] * m
-    at = mx.where(match.any(axis=-1), at, n)
-    parts = [pool.logits] + ([] if pool.rest is None else [pool.rest])
-    before = mx.concatenate([*parts, mx.zeros((1, 1))], axis=1)
-    before = mx.put_along_axis(before, at[None], mx.array(-mx.inf), axis=1)
-    k = pool.logits.shape[1]
-    candidates = mx.concatenate([before[:, :k], logits], axis=1)
-    if pool.rest is None or pool.tail is None:
-        return Pool(candidates, None, pool.tail)
-    rest = before[:, k:n]
-    # Where nothing is left of the tail cluster, nothing is drawn there.
-    tail = mx.where(rest.max(axis=-1, keepdims=True) > -mx.inf, pool.tail, -mx.inf)
-    return Pool(candidates, rest, tail)

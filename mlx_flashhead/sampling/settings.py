@@ -42,6 +42,11 @@ class Settings:
         """Whether mlx-lm would sort the vocabulary for it."""
         return not self.greedy and (self.nucleus < 1 or self.top_k > 0)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a filter drops the least likely tokens."""
+        return self.nucleus < 1 or self.min_p > 0 or self.top_k > 0
+
     def xtc_exempt(self, ids: mx.array) -> mx.array | None:
         """Which of the tokens ``ids [..., n]`` XTC never drops, bool of their shape;
         ``None`` for none."""

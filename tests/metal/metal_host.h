@@ -44,7 +44,7 @@ extern "C" unsigned emu_lane();
 extern "C" void* emu_shared(size_t size, unsigned slot);
 extern "C" uintptr_t emu_buffer(unsigned index);
 extern "C" uint emu_position(unsigned what, unsigned axis);
-enum { EMU_LOAD, EMU_STORE, EMU_ADD };
+enum { EMU_LOAD, EMU_STORE, EMU_ADD, EMU_OR };
 extern "C" uint emu_atomic(uint* p, uint value, unsigned operation);
 
 namespace emu {
@@ -126,6 +126,9 @@ inline void atomic_store_explicit(threadgroup atomic_uint* p, uint v, memory_ord
 }
 inline uint atomic_fetch_add_explicit(threadgroup atomic_uint* p, uint v, memory_order) {
   return emu_atomic((uint*)p, v, EMU_ADD);
+}
+inline uint atomic_fetch_or_explicit(threadgroup atomic_uint* p, uint v, memory_order) {
+  return emu_atomic((uint*)p, v, EMU_OR);
 }
 
 template <typename T>
