@@ -15,9 +15,9 @@ from metal import emulator, reference
 
 from mlx_flashhead.kernels import backend, doctor
 
-select_probes, probe_logits, greedy, sample = (
+select_probes, probe_logits, greedy, sample, _ = KERNELS = [
     importlib.import_module(f"mlx_flashhead.kernels.{name}") for name in doctor.KERNELS
-)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +240,20 @@ def test_logits_where_subnormal_numbers_are_zero(monkeypatch):
     probes = mx.array([[0]], dtype=mx.uint32)
     got = probe_logits._launch(False, x, rows, None, None, probes, 32, 16, 4, 64)[0]
     assert got.tolist() == [[2.0**-39] * 4]
+
+
+def test_the_doctor_runs_every_case(monkeypatch):
+    monkeypatch.setattr(backend.Kernel, "__call__", emulator.device(max_threads=512))
+    monkeypatch.setattr(doctor, "KERNELS", ("greedy",))
+    found = list(doctor.self_test().values())
+    assert len(found) == len(greedy.CASES)
+    for case, words in zip(greedy.CASES, found, strict=True):
+        assert words.startswith(f"ok, {min(greedy.largest(case), 512)} threads")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cases_have_names_of_their_own(kernel):
+    assert len({doctor._described(case) for case in kernel.CASES}) == len(kernel.CASES)
 
 
 @pytest.mark.parametrize("B, p", [(0, 3), (2, 0)])

@@ -191,7 +191,9 @@ def _constants(template: Template, threads: int) -> str:
 
 def short(value: object) -> str:
     """A constant or a dtype as text: ``true``, ``64``, ``float16``."""
-    return str(value).lower().split(".")[-1]
+    if isinstance(value, mx.Dtype):
+        return str(value).split(".")[-1]
+    return str(value).lower()
 
 
 @lru_cache

@@ -704,8 +704,80 @@ def _launch_sampled(
     )[0]
 
 
-def _check_greedy(m: int, shaping: Shaping, threads: int) -> None:
-    p, c = -(-1200 // m), -(-2000 // m)
+class Case(NamedTuple):
+    """Inputs of a launch: how a draft is drawn, ``None`` for the best; how many rows a
+    cluster has, how many clusters are probed and how many there are; the size of hidden
+    states; bits (0: not quantized) and group size of the table; dtypes of states and
+    scales; to what logits are rounded, and their cap."""
+
+    law: Law | None
+    m: int
+    p: int
+    C: int
+    D: int = 64
+    bits: int = 8
+    group_size: int = 64
+    dtype: mx.Dtype = mx.float32
+    scales: mx.Dtype | None = None
+    rounding: mx.Dtype = mx.float32
+    softcap: float | None = None
+
+
+_F16, _BF16, _F32 = mx.float16, mx.bfloat16, mx.float32
+_LAWS = (
+    Law(0.8),
+    Law(0.7, filters.Rules(top_p=0.9)),
+    Law(1.1, filters.Rules(min_p=0.05)),
+    Law(0.9, filters.Rules(top_k=7)),
+    Law(0.9, filters.Rules(top_p=0.97, min_p=0.01, top_k=60)),
+)
+# What tests, the doctor and the check on a GPU run.
+CASES = (
+    Case(None, 16, 5, 9),
+    Case(None, 16, 40, 50, rounding=_BF16),
+    Case(None, 7, 33, 60, rounding=_F16, softcap=30.0),
+    Case(None, 16, 300, 400, rounding=_BF16, softcap=30.0),
+    *(
+        table._replace(law=law)
+        for law in _LAWS
+        for table in (
+            Case(None, 16, 6, 25),
+            Case(None, 16, 20, 40, 96, 8, 32, _BF16, _F16),
+            Case(None, 5, 12, 33, 640, 4, 64, _BF16, _BF16, _BF16, 30.0),
+            Case(None, 16, 9, 9, 64, 6, 64, _F16, _F16, _F16),
+            Case(None, 16, 130, 400, 64, 0, 32, _BF16, None, _BF16),
+        )
+    ),
+)
+
+
+def largest(case: Case) -> int:
+    """Threads per threadgroup, if so many fit."""
+    if case.law is None:
+        return LARGE_GROUP if case.p * case.m > 4096 else SMALL_GROUP
+    return LARGE_GROUP if max(case.p * case.m, case.C) > 2048 else SMALL_GROUP
+
+
+def check(case: Case, threads: int) -> None:
+    """Raise unless the kernel matches its reference in this case."""
+    shaping = Shaping(case.rounding, 1.0, case.softcap)
+    if case.law is None:
+        _check_greedy(case.m, shaping, threads, (case.p, case.C))
+        return
+    x, centroid_logits = mx.zeros((1, case.D), case.dtype), mx.zeros((1, 1), case.dtype)
+    scales = mx.zeros((1,), case.scales or case.dtype) if case.bits else None
+    bits = case.bits or 8 * case.dtype.size
+    rows = Rows(x, x, scales, scales, bits, case.group_size, case.C * case.m)
+    like = Tail(
+        centroid_logits, x, x, lambda clusters: clusters, rows, case.p == case.C
+    )
+    _check_sampled(case.m, shaping, case.law, like, threads, (case.p, case.C))
+
+
+def _check_greedy(
+    m: int, shaping: Shaping, threads: int, sizes: tuple[int, int] | None = None
+) -> None:
+    p, c = sizes or (-(-1200 // m), -(-2000 // m))
     logits = ((mx.arange(2 * p * m) * 37) % 211).reshape(2, p * m) / 24 - 4
     logits[1, -1] = -mx.inf
     probes = mx.broadcast_to(mx.arange(p, dtype=mx.uint32), (2, p))
@@ -722,10 +794,11 @@ def _check_sampled(
     law: Law,
     tail: Tail,
     threads: int,
+    sizes: tuple[int, int] | None = None,
 ) -> None:
     """Draws of 64 keys. Rounding may move a few: noise that two clusters share to all
     digits does not happen, but the edge of a filter may lie on a token."""
-    p, c = (97, 97) if tail.empty else (40, 97)
+    p, c = sizes or ((97, 97) if tail.empty else (40, 97))
     rows = tail.rows
     assert rows is not None  # or there is no kernel
     b, d = 64, rows.x.shape[1]
