@@ -303,6 +303,17 @@ def test_a_machine_at_rest(machine):
     assert conditions.warnings() == [] and conditions.missing() == []
 
 
+def test_command_buffers_are_noted_on_metal(machine, monkeypatch):
+    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
+    monkeypatch.setattr(conditions, "on_gpu", lambda: False)
+    assert conditions.command_buffers() == []
+    monkeypatch.setattr(conditions, "on_gpu", lambda: True)
+    monkeypatch.setattr(conditions.mx.metal, "is_available", lambda: True)
+    assert "device's default" in conditions.command_buffers()[0]
+    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "1000")
+    assert "MLX_MAX_MB_PER_BUFFER=1000" in conditions.command_buffers()[0]
+
+
 @pytest.mark.parametrize("plugged, said", [(False, 1), (True, 0), (None, 0)])
 def test_battery(machine, plugged, said):
     battery = SimpleNamespace(percent=62, power_plugged=plugged)

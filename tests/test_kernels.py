@@ -203,7 +203,7 @@ def test_without_a_gpu_all_is_plain(monkeypatch):
         pytest.skip("there is a GPU")
     monkeypatch.setattr(backend, "_disabled", ContextVar("off", default=False))
     assert kernels.kind() == "plain"
-    assert not backend.ready("anything", lambda: 1 / 0)
+    assert not backend.largest_group("anything", 256, lambda threads: 1 / 0)
     report = doctor.report()
     assert report["backend"] == "plain" and "self_test" not in report
     result = CliRunner().invoke(doctor.main, [])

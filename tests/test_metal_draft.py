@@ -8,17 +8,17 @@ import pytest
 from metal import emulator
 
 from mlx_flashhead import kernels
-from mlx_flashhead.kernels import backend, draft, filters
+from mlx_flashhead.kernels import backend, doctor, draft
 from mlx_flashhead.kernels.probe_logits import _reference as probe_reference
 
-F16, BF16, F32 = mx.float16, mx.bfloat16, mx.float32
+BF16 = mx.bfloat16
 
 
 @pytest.fixture(autouse=True)
 def metal(monkeypatch):
     """The emulator takes the place of a Metal device that is trusted."""
     monkeypatch.setattr(backend, "kind", lambda: "metal")
-    monkeypatch.setattr(backend, "ready", lambda variant, check: True)
+    monkeypatch.setattr(backend, "largest_group", lambda variant, most, check: most)
     monkeypatch.setattr(backend.Kernel, "__call__", emulator.launch)
 
 
@@ -33,18 +33,18 @@ def probes_of(b, c, p, seed=1):
     return mx.array(np.stack(chosen).astype(np.uint32))
 
 
-GREEDY = [
-    # m, p, C, rounding, softcap
-    (16, 5, 9, F32, None),
-    (16, 40, 50, BF16, None),
-    (7, 33, 60, F16, 30.0),
-    (16, 300, 400, BF16, 30.0),
-]
+def cases(drawn):
+    return [
+        pytest.param(case, id=doctor._described(case))
+        for case in draft.CASES
+        if (case.law is not None) == drawn
+    ]
 
 
-@pytest.mark.parametrize("m, p, c, rounding, softcap", GREEDY)
-def test_greedy(m, p, c, rounding, softcap):
+@pytest.mark.parametrize("case", cases(drawn=False))
+def test_greedy(case):
     """Ties, which rounding makes, go to the lowest id."""
+    _, m, p, c, *_, rounding, softcap = case
     logits = normal(3, p * m, seed=p) * (0.02 if rounding == BF16 else 2) + 4
     logits[1, ::3] = -mx.inf
     logits[2] = -mx.inf
@@ -88,28 +88,11 @@ def test_noise_is_mlx(size):
     np.testing.assert_allclose(np.array(got), np.array(want), rtol=1e-5, atol=1e-6)
 
 
-LAWS = [
-    kernels.Law(0.8),
-    kernels.Law(0.7, filters.Rules(top_p=0.9)),
-    kernels.Law(1.1, filters.Rules(min_p=0.05)),
-    kernels.Law(0.9, filters.Rules(top_k=7)),
-    kernels.Law(0.9, filters.Rules(top_p=0.97, min_p=0.01, top_k=60)),
-]
-TABLES = [
-    # m, p, C, D, bits (0: not quantized), group_size, x, scales, rounding, softcap
-    (16, 6, 25, 64, 8, 64, F32, F32, F32, None),
-    (16, 20, 40, 96, 8, 32, BF16, F16, F32, None),
-    (5, 12, 33, 640, 4, 64, BF16, BF16, BF16, 30.0),
-    (16, 9, 9, 64, 6, 64, F16, F16, F16, None),
-    (16, 130, 400, 64, 0, 32, BF16, None, BF16, None),
-]
-
-
-@pytest.mark.parametrize("table", TABLES, ids=str)
-@pytest.mark.parametrize("law", LAWS, ids=str)
-def test_sampled(law, table):
+@pytest.mark.parametrize("case", cases(drawn=True))
+def test_sampled(case):
     """Where rounding moves no edge, the token is the one of the plain reference."""
-    m, p, c, d, bits, group_size, dtype, scales, rounding, softcap = table
+    law, m, p, c, d, bits, group_size, dtype, scales, rounding, softcap = case
+    scales = scales or dtype
     b = 4 if p < 100 else 1
     x = normal(b, d, seed=2).astype(dtype)
     dense = normal(c, m, d, seed=3, scale=1.5 * d**-0.5)
@@ -146,5 +129,5 @@ def test_sampled(law, table):
         outside += (~(np.array(probes) == (want // m)[:, None]).any(1)).sum()
     assert same >= 3 * b - 1
     # Somewhere the draw falls on a cluster that was not probed.
-    if law == LAWS[0] and 2 * p < c:
+    if law.rules is None and 2 * p < c:
         assert outside > 0

@@ -12,9 +12,9 @@ from mlx_flashhead.kernels import backend
 X = mx.arange(64, dtype=mx.float32)
 
 
-def launch(source, inputs=(X,), names=("x",), header="", size=64, threads=64):
+def launch(source, inputs=(X,), names=("x",), header="", size=64, threads=64, **device):
     kernel = backend.Kernel("trial", names, ["out"], source, header)
-    return emulator.launch(
+    return emulator.device(**device)(
         kernel,
         list(inputs),
         template=[("T", mx.float32), ("N", 64)],
@@ -65,6 +65,50 @@ def test_small_and_scalar_inputs_are_constant():
         ["x", "a", "b"],
     )
     assert mx.array_equal(got, X * 3 + 69)
+
+
+def test_a_device_may_have_no_subnormal_numbers():
+    source = "uint i = thread_position_in_grid.x; out[i] = x[i] * 0.5f;"
+    x = mx.array([2.0**-125, 2.0**-126, 2.0**-127, 1.0] * 16)
+    assert launch(source, [x])[:4].tolist() == [2.0**-126, 2.0**-127, 2.0**-128, 0.5]
+    got = launch(source, [x], flush_subnormals=True)
+    assert got[:4].tolist() == [2.0**-126, 0.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_values_of_16_bits_are_exact(flush):
+    """All that there are, subnormal ones of float16 among them."""
+    bits = mx.arange(1 << 16, dtype=mx.uint32).astype(mx.uint16)
+    for dtype in (mx.float16, mx.bfloat16):
+        x = bits.view(dtype)
+        # As integers, so that what is subnormal in 32 bits is left alone.
+        source = "uint i = thread_position_in_grid.x; out[i] = load(x, i);"
+        kernel = backend.Kernel("convert", ["x"], ["out"], source)
+        got = emulator.device(flush_subnormals=flush, schedules=["in-order"] * 2)(
+            *(kernel, [x]),
+            template=[],
+            groups=(1 << 10, 1),
+            threads=64,
+            outputs=[((1 << 16,), mx.float32)],
+        )[0]
+        want = np.array(x.astype(mx.float32))
+        np.testing.assert_array_equal(np.array(got), want)
+
+
+def test_more_threads_than_there_are_registers_for():
+    source = "uint i = thread_position_in_grid.x; out[i] = x[i % 64];"
+    for threads, most in ((512, 512), (1024, 1024)):
+        launch(source, size=threads, threads=threads, max_threads=most)
+    with pytest.raises(ValueError, match="1024.*maximum allowed threads.*512"):
+        launch(source, size=1024, threads=1024, max_threads=512)
+
+
+def test_the_compiler_is_told_of_the_threads():
+    kernel = backend.Kernel("trial", ["x"], ["out"], "out[0] = x[0];")
+    outputs = [((64,), mx.float32)]
+    text = emulator.capture(kernel, [X], [("N", 3)], (1, 1), 512, outputs)
+    assert "[[max_total_threads_per_threadgroup(512)]]\n[[kernel]] void" in text
+    assert "constexpr constant int N = 3;" in text
 
 
 WRONG = {
@@ -140,6 +184,10 @@ WRONG = {
         "if constexpr (N > 3 && sizeof(T)) { auto [a, b] = two(); } out[0] = x[0];",
         "error",
     ),
+    "an exponential that may be an approximation": (
+        "uint i = thread_position_in_grid.x; out[i] = exp(x[i]);",
+        "deleted",
+    ),
     "an undefined shift": (
         "uint i = thread_position_in_grid.x; out[i] = float(1u << (i + 1));",
         "shift exponent",
@@ -164,11 +212,11 @@ def test_a_wrong_kernel_is_caught(what):
 @pytest.mark.parametrize("kernel", ["select_probes", "greedy", "sample"])
 def test_every_barrier_of_the_kernels_matters(kernel, monkeypatch):
     module = importlib.import_module(f"mlx_flashhead.kernels.{kernel}")
-    run = {
-        "select_probes": lambda: module._check(70, mx.float32),
-        "greedy": lambda: module._check(mx.float32, True, True),
-        "sample": lambda: module._check(70, mx.float32, (True, True, True)),
-    }[kernel]
+    case = {
+        "select_probes": lambda: module.Case(70, 5),
+        "greedy": lambda: module.Case(120, indexed=True, m=3),
+        "sample": lambda: module.Case(70, mx.float32, True, True, True),
+    }[kernel]()
     monkeypatch.setattr(backend, "kind", lambda: "metal")
     monkeypatch.setattr(backend.Kernel, "__call__", emulator.launch)
     barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
@@ -184,7 +232,7 @@ def test_every_barrier_of_the_kernels_matters(kernel, monkeypatch):
         wrong = backend.Kernel(right.name, right.inputs, right.outputs, source, header)
         monkeypatch.setattr(module, "_kernel", wrong)
         with pytest.raises(emulator.MetalError, match="data race|before it is written"):
-            run()
+            module.check(case, 256)
 
 
 def test_a_kernel_that_does_not_compile_gives_way_to_plain_mlx(monkeypatch):
@@ -201,7 +249,7 @@ def test_a_kernel_that_does_not_compile_gives_way_to_plain_mlx(monkeypatch):
     with pytest.warns(RuntimeWarning, match="plain MLX replaces the kernel greedy"):
         assert module.greedy(values).tolist() == [1]
     assert module.greedy(values).tolist() == [1]
-    assert "error" in backend.states["greedy(float32)"]
+    assert "error" in backend.states["greedy(float32, K to 4096)"].words
 
 
 def test_a_kernel_that_differs_gives_way_to_plain_mlx(monkeypatch):

@@ -200,17 +200,18 @@ def test_kernels_are_checked_before_anything_is_traced(compiling, monkeypatch):
     monkeypatch.setattr(backend, "states", {})
     monkeypatch.setattr(backend, "kind", lambda: "metal")
 
-    def check():
+    def check(threads):
         checked.append(mx.array([1.0]).sum().item())
 
     def step(head, x):
-        assert backend.ready("a variant", check)
+        assert backend.largest_group("a variant", 64, check) == 64
         return x + 1
 
     head, x = make_head().head, mx.array(random_states(1))
     for _ in range(3):
         steps.run(head, step, (), x)
-    assert checked == [1.0] and backend.states == {"a variant": "ok"}
+    assert checked == [1.0]
+    assert backend.states == {"a variant": (64, "ok, 64 threads")}
 
 
 def test_a_head_that_goes_takes_its_steps_along(compiling):

@@ -108,6 +108,7 @@ def benchmark(
         text.append(f"## Load\n\n{report.load_table(opened)}")
         notes.append("Load: in a new process, the disk's cache warm, imports apart.")
         click.echo(f"{text[-1]}\n")
+    notes += conditions.command_buffers()
     notes += [f"Warning: {warning}." for warning in seen]
     text += ["\n\n".join(notes), report.footer(machine, command)]
     click.echo("\n\n".join(text[-2:]))

@@ -6,6 +6,7 @@ of the extra ``bench``; a Mac's heat from its own ``pmset``.
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -15,10 +16,14 @@ from types import ModuleType
 
 import mlx.core as mx
 
+from ..compute.device import on_gpu
+
 Ask = Callable[[list[str]], str]
 
 # Load of others, in busy cores per core, from which on it is mentioned.
 BUSY = 0.25
+# What MLX reads of how long a command buffer may get.
+_BUFFERS = ("MLX_MAX_MB_PER_BUFFER", "MLX_MAX_OPS_PER_BUFFER")
 # Why a GPU is slowed, by the names in pynvml.
 _SLOWED = {
     "SwPowerCap": "power cap",
@@ -53,6 +58,16 @@ def missing(energy: bool = True) -> list[str]:
     if not left:
         return []
     return [f"not looked at: {', '.join(left)}; pip install 'mlx-flashhead[bench]'"]
+
+
+def command_buffers() -> list[str]:
+    """On Metal how MLX cuts its work into command buffers, which counts for a head
+    whose table is large (docs/kernels.md): no line or one."""
+    if not on_gpu() or not mx.metal.is_available():
+        return []
+    chosen = [f"{n}={os.environ[n]}" for n in _BUFFERS if n in os.environ]
+    said = ", ".join(chosen) or "MLX_MAX_MB_PER_BUFFER is the device's default"
+    return [f"MLX's command buffers: {said} (docs/kernels.md)."]
 
 
 def warnings(ask: Ask = ask, before: bool = True) -> list[str]:

@@ -4,13 +4,13 @@
 # integer vectors, and the address space of the source does not matter.
 _LOADS = """
 #define FLASHHEAD_LOAD(SPACE)                                              \\
-    inline float load(const SPACE float* p, size_t i) {                    \\
+    METAL_FUNC float load(const SPACE float* p, size_t i) {                \\
         return p[i];                                                       \\
     }                                                                      \\
-    inline float load(const SPACE half* p, size_t i) {                     \\
+    METAL_FUNC float load(const SPACE half* p, size_t i) {                 \\
         return float(as_type<half>(((const SPACE ushort*)p)[i]));          \\
     }                                                                      \\
-    inline float load(const SPACE bfloat16_t* p, size_t i) {               \\
+    METAL_FUNC float load(const SPACE bfloat16_t* p, size_t i) {           \\
         return as_type<float>(uint(((const SPACE ushort*)p)[i]) << 16);    \\
     }
 """
@@ -20,6 +20,7 @@ METAL = (
     + """
 FLASHHEAD_LOAD(device)
 FLASHHEAD_LOAD(constant)  // where MLX puts inputs of fewer than 8 elements
+#undef FLASHHEAD_LOAD
 """
 )
 
@@ -29,7 +30,7 @@ CUDA = (
 #define constant
 #define threadgroup
 #define thread
-#define inline __device__ __forceinline__
+#define METAL_FUNC __device__ __forceinline__
 using uint = unsigned int;
 using ushort = unsigned short;
 using ulong = unsigned long long;
@@ -53,58 +54,66 @@ using atomic_uint = unsigned int;
 #endif
 
 template <typename T, typename U>
-inline T as_type(U u) {
+METAL_FUNC T as_type(U u) {
     static_assert(sizeof(T) == sizeof(U), "sizes differ");
     T t;
     memcpy(&t, &u, sizeof(T));
     return t;
 }
 
-inline uint mulhi(uint a, uint b) { return __umulhi(a, b); }
+// What Metal calls precise, CUDA is without being asked.
+namespace precise {
+METAL_FUNC float exp(float x) { return expf(x); }
+METAL_FUNC float log(float x) { return logf(x); }
+METAL_FUNC float tanh(float x) { return tanhf(x); }
+}
+
+METAL_FUNC uint mulhi(uint a, uint b) { return __umulhi(a, b); }
 
 template <typename T>
-inline T simd_shuffle(T v, ushort i) { return __shfl_sync(~0u, v, i); }
+METAL_FUNC T simd_shuffle(T v, ushort i) { return __shfl_sync(~0u, v, i); }
 template <typename T>
-inline T simd_shuffle_up(T v, ushort d) { return __shfl_up_sync(~0u, v, d); }
+METAL_FUNC T simd_shuffle_up(T v, ushort d) { return __shfl_up_sync(~0u, v, d); }
 template <typename T>
-inline T simd_shuffle_xor(T v, ushort m) { return __shfl_xor_sync(~0u, v, m); }
+METAL_FUNC T simd_shuffle_xor(T v, ushort m) { return __shfl_xor_sync(~0u, v, m); }
 
-inline uint simd_sum(uint v) { return __reduce_add_sync(~0u, v); }
-inline uint simd_min(uint v) { return __reduce_min_sync(~0u, v); }
-inline float simd_sum(float v) {
+METAL_FUNC uint simd_sum(uint v) { return __reduce_add_sync(~0u, v); }
+METAL_FUNC uint simd_min(uint v) { return __reduce_min_sync(~0u, v); }
+METAL_FUNC float simd_sum(float v) {
     for (int m = 16; m; m /= 2) v += __shfl_xor_sync(~0u, v, m);
     return v;
 }
-inline float simd_max(float v) {
+METAL_FUNC float simd_max(float v) {
     for (int m = 16; m; m /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, m));
     return v;
 }
-inline uint simd_prefix_inclusive_sum(uint v) {
+METAL_FUNC uint simd_prefix_inclusive_sum(uint v) {
     for (int d = 1; d < 32; d *= 2) {
         uint up = __shfl_up_sync(~0u, v, d);
         v += (threadIdx.x & 31) >= d ? up : 0;
     }
     return v;
 }
-inline uint simd_prefix_exclusive_sum(uint v) {
+METAL_FUNC uint simd_prefix_exclusive_sum(uint v) {
     return simd_prefix_inclusive_sum(v) - v;
 }
 """
     + _LOADS
-    + "FLASHHEAD_LOAD()\n"
+    + "FLASHHEAD_LOAD()\n#undef FLASHHEAD_LOAD\n"
 )
 
-# Threads of a group that handles a long row. Such a kernel reads its row again in every
-# pass rather than keep it in registers, of which so many threads have few (a loop that
-# is unrolled further than 4 would bring it there).
+# Threads of a group that handles a long row, and of one for a short row. A large group
+# reads its row again in every pass rather than keep it in registers, of which so many
+# threads have few (a loop that is unrolled further than 4 would bring it there).
 LARGE_GROUP = 1024
+SMALL_GROUP = 256
 
 # One digit of a radix search: the bin in which a running count reaches a target.
 BINS = """
 constexpr constant int BINS = 2048;
 
 template <int THREADS>
-inline void clear_bins(threadgroup atomic_uint* bins, uint at) {
+METAL_FUNC void clear_bins(threadgroup atomic_uint* bins, uint at) {
     for (int bin = at; bin < BINS; bin += THREADS) {
         atomic_store_explicit(&bins[bin], 0u, memory_order_relaxed);
     }
@@ -115,9 +124,11 @@ inline void clear_bins(threadgroup atomic_uint* bins, uint at) {
 // if it is not, {last bin, 0, 0}. Every thread calls it, and it holds the barriers
 // between filling the bins and clearing them again. sums has a word per simdgroup.
 template <int THREADS>
-inline void find_bin(
+METAL_FUNC void find_bin(
     threadgroup atomic_uint* bins, threadgroup uint* sums, threadgroup uint* bin_at,
-    uint target, uint at, uint lane, uint group) {
+    uint target, uint at, uint simd_lid, uint simd_gid) {
+    static_assert(BINS % THREADS == 0, "every thread sums the same number of bins");
+    static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole simdgroups, at most 32");
     constexpr int PER = BINS / THREADS;
     threadgroup_barrier(mem_flags::mem_threadgroup);
     uint here = 0;
@@ -125,8 +136,8 @@ inline void find_bin(
         here += atomic_load_explicit(&bins[at * PER + i], memory_order_relaxed);
     }
     uint upto = simd_prefix_inclusive_sum(here);
-    if (lane == 31) {
-        sums[group] = upto;
+    if (simd_lid == 31) {
+        sums[simd_gid] = upto;
     }
     if (at == 0) {
         bin_at[0] = BINS - 1;
@@ -134,7 +145,7 @@ inline void find_bin(
         bin_at[2] = 0;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    uint before = simd_sum(lane < group ? sums[lane] : 0u) + upto - here;
+    uint before = simd_sum(simd_lid < simd_gid ? sums[simd_lid] : 0u) + upto - here;
     if (before < target && target - before <= here) {
         int bin = at * PER;
         for (; bin < BINS - 1; bin++) {
@@ -155,7 +166,7 @@ inline void find_bin(
 # From a candidate's index to its token.
 TOKEN = """
 template <bool MAPPED, int CLUSTER_SIZE, typename P, typename I>
-inline uint candidate_token(P probes, I token_ids, size_t first, uint candidate) {
+METAL_FUNC uint candidate_token(P probes, I token_ids, size_t first, uint candidate) {
     if (!MAPPED) {
         return candidate;
     }

@@ -13,17 +13,28 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cached_property, lru_cache
-from typing import cast
+from functools import lru_cache
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
 from ._prelude import CUDA, METAL
 
 Launch = Callable[..., list[mx.array]]
+# Names and values of compile-time constants.
+Template = Sequence[tuple[str, int | bool | mx.Dtype]]
 
-# "ok", or why plain MLX took over, by kernel and variant.
-states: dict[str, str] = {}
+
+class State(NamedTuple):
+    """What came of a check: threads per threadgroup, 0 where plain MLX took over, and
+    the same in words, which begin with "ok" where the kernel runs."""
+
+    threads: int
+    words: str
+
+
+# By kernel and variant.
+states: dict[str, State] = {}
 
 _off = os.environ.get("MLX_FLASHHEAD_KERNELS", "on").lower() in ("off", "0")
 # Whether this thread or task has turned the kernels off.
@@ -79,55 +90,79 @@ class Kernel:
         self.outputs = list(outputs)
         self.source = source
         self.header = header
+        self._built: dict[tuple[object, ...], Launch] = {}
 
-    @cached_property
-    def metal(self) -> Launch:
-        """The kernel in Metal."""
-        kernel = mx.fast.metal_kernel(
-            f"flashhead_{self.name}",
-            self.inputs,
-            self.outputs,
-            self.source,
-            METAL + self.header,
-        )
-        return cast(Launch, kernel)
+    def metal(
+        self, template: Template, threads: int, bounded: bool | None = None
+    ) -> Launch:
+        """The kernel in Metal, for these constants and threads per threadgroup.
 
-    @cached_property
-    def cuda(self) -> Launch:
-        """The kernel in CUDA."""
-        # Metal declares threadgroup memory as it qualifies pointers to it.
-        shared = re.sub(r"\bthreadgroup (\w+ \w+\[)", r"__shared__ \1", self.source)
-        kernel = mx.fast.cuda_kernel(
-            f"flashhead_{self.name}",
-            self.inputs,
-            self.outputs,
-            shared,
-            CUDA + self.header,
-        )
-        return cast(Launch, kernel)
+        Args:
+            template (Template): Name and value of each compile-time constant.
+            threads (int): Threads per threadgroup.
+            bounded (bool, optional): Whether the compiler is told of them, so that it
+              leaves registers for all; by default where it takes that.
+        """
+        bounded = bounds_registers() if bounded is None else bounded
+        key = ("metal", *template, threads, bounded)
+        if key not in self._built:
+            bound = _BOUND.format(threads) if bounded else ""
+            kernel = mx.fast.metal_kernel(
+                self._full_name(template, threads),
+                self.inputs,
+                self.outputs,
+                self.source,
+                METAL + _constants(template, threads) + self.header + bound,
+            )
+            self._built[key] = cast(Launch, kernel)
+        return self._built[key]
+
+    def cuda(self, template: Template, threads: int) -> Launch:
+        """The same in CUDA. Its ``__launch_bounds__`` would have to stand where MLX
+        lets nothing be put."""
+        key = ("cuda", *template, threads)
+        if key not in self._built:
+            # Metal declares threadgroup memory as it qualifies pointers to it.
+            shared = re.sub(r"\bthreadgroup (\w+ \w+\[)", r"__shared__ \1", self.source)
+            kernel = mx.fast.cuda_kernel(
+                self._full_name(template, threads),
+                self.inputs,
+                self.outputs,
+                shared,
+                CUDA + _constants(template, threads) + self.header,
+            )
+            self._built[key] = cast(Launch, kernel)
+        return self._built[key]
+
+    def _full_name(self, template: Template, threads: int) -> str:
+        """A name for each text: MLX and drivers tell kernels apart by it."""
+        values = [short(value) for _, value in template]
+        return "_".join(["flashhead", self.name, *values, str(threads)])
 
     def __call__(
         self,
         inputs: Sequence[mx.array],
         *,
-        template: Sequence[tuple[str, object]],
+        template: Template,
         groups: tuple[int, int],
         threads: int,
         outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
     ) -> list[mx.array]:
         """Launch ``groups`` (x, y) threadgroups of ``threads`` threads.
 
+        MLX copies inputs that are not row-contiguous, in a launch of its own.
+
         Args:
             inputs (Sequence[mx.array]): One array per input buffer.
-            template (Sequence[tuple]): Name and value of each compile-time constant.
+            template (Template): Name and value of each compile-time constant, an
+              integer, a truth value or a dtype. ``THREADS`` comes by itself.
             groups (tuple[int, int]): Threadgroups along x and y.
             threads (int): Threads per threadgroup, a multiple of 32.
             outputs (Sequence[tuple]): Shape and dtype of each output.
         """
-        kernel = self.metal if kind() == "metal" else self.cuda
-        return kernel(
+        build = self.metal if kind() == "metal" else self.cuda
+        return build(template, threads)(
             inputs=list(inputs),
-            template=list(template),
             grid=(groups[0] * threads, groups[1], 1),
             threadgroup=(threads, 1, 1),
             output_shapes=[shape for shape, _ in outputs],
@@ -135,31 +170,99 @@ class Kernel:
         )
 
 
-def ready(variant: str, check: Callable[[], None]) -> bool:
-    """Whether the kernel may run here: a GPU is there and ``check`` passed once.
+# Where MLX has template arguments, it puts their list between our text and the kernel.
+# So constants are text of ours, and what comes last in it stands right before MLX's
+# ``[[kernel]] void``, as an attribute of the kernel.
+_BOUND = "[[max_total_threads_per_threadgroup({})]]\n"
+_TYPES = {mx.float16: "half", mx.bfloat16: "bfloat16_t", mx.float32: "float"}
+
+
+def _constants(template: Template, threads: int) -> str:
+    """Compile-time constants, as a block of Metal that is CUDA as well."""
+    lines = []
+    for name, value in (*template, ("THREADS", threads)):
+        if isinstance(value, mx.Dtype):
+            lines.append(f"using {name} = {_TYPES[value]};")
+        else:
+            type_name = "bool" if isinstance(value, bool) else "int"
+            lines.append(f"constexpr constant {type_name} {name} = {short(value)};")
+    return "\n".join(lines) + "\n"
+
+
+def short(value: object) -> str:
+    """A constant or a dtype as text: ``true``, ``64``, ``float16``."""
+    if isinstance(value, mx.Dtype):
+        return str(value).split(".")[-1]
+    return str(value).lower()
+
+
+@lru_cache
+def bounds_registers() -> bool:
+    """Whether Apple's compiler takes the number of threads as an attribute of a kernel
+    where MLX lets one be put, tried on a kernel that does nothing else."""
+    if not mx.metal.is_available():
+        return False
+    source = "out[thread_position_in_grid.x] = THREADS;"
+    trial = Kernel("trial", [], ["out"], source).metal([], 32, bounded=True)
+    try:
+        out = trial(
+            inputs=[],
+            grid=(32, 1, 1),
+            threadgroup=(32, 1, 1),
+            output_shapes=[(32,)],
+            output_dtypes=[mx.uint32],
+        )
+        return bool(mx.all(out[0] == 32).item())
+    except (RuntimeError, ValueError):
+        return False
+
+
+# Threads per threadgroup that are tried in turn.
+GROUPS = (1024, 512, 256)
+
+
+def largest_group(variant: str, most: int, check: Callable[[int], None]) -> int:
+    """With how many threads per threadgroup the kernel runs here; 0 where plain MLX
+    has to stand in for it.
+
+    MLX refuses a launch where a kernel needs more registers than so many threads have.
+    Fewer are tried then, before it is given up.
 
     Args:
-        variant (str): The kernel and what its code depends on.
-        check (Callable): Runs the kernel on small inputs and raises if it differs
-          from its reference. Its failure is remembered and warned of once.
+        variant (str): The kernel and what its code depends on, but for the threads.
+        most (int): How many threads it is written for.
+        check (Callable): Runs the kernel with a number of threads, on small inputs that
+          make it run all of its code, and raises if it differs from its reference.
     """
     device = kind()
     if device == "plain":
-        return False
+        return 0
     if variant not in states:
-        try:
-            check()
-            states[variant] = "ok"
-        except Exception as error:  # whatever the device's compiler or runtime says
-            reason = " ".join(str(error).split())[:300]
-            states[variant] = f"{type(error).__name__}: {reason}"
+        state = states[variant] = attempt(most, check)
+        if not state.threads:
             warnings.warn(
                 f"mlx-flashhead: plain MLX replaces the kernel {variant} on "
-                f"{device_name()} ({device}, MLX {mlx_version()}): {states[variant]}",
+                f"{device_name()} ({device}, MLX {mlx_version()}): {state.words}",
                 RuntimeWarning,
                 stacklevel=3,
             )
-    return states[variant] == "ok"
+    return states[variant].threads
+
+
+def attempt(most: int, check: Callable[[int], None]) -> State:
+    """With how many threads, of at most ``most``, ``check`` passes: see
+    :func:`largest_group`."""
+    failures = []
+    for threads in [n for n in GROUPS if n <= most] or [most]:
+        try:
+            check(threads)
+        except Exception as error:  # whatever the device's compiler or runtime says
+            reason = " ".join(str(error).split())[:300]
+            failures.append(f"{type(error).__name__}: {reason}")
+            continue
+        more = f"; with more, {failures[0]}" if failures else ""
+        return State(threads, f"ok, {threads} threads{more}")
+    return State(0, failures[0])
 
 
 @lru_cache

@@ -5,41 +5,15 @@ import json
 import platform
 import time
 import warnings
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
-import mlx.core as mx
 
 from . import backend
 
-# One check per kind of code that a kernel has: name, module, arguments of its _check.
-_VARIANTS: list[tuple[str, tuple[Any, ...]]] = [
-    *[("select_probes", (C, mx.float32)) for C in (300, 8000, 16_384)],
-    ("select_probes", (40_000, mx.bfloat16, mx.float32)),
-    *[
-        ("probe_logits", (True, (dtype, 640), 16, scales, 64, bits))
-        for dtype, scales in (
-            (mx.float16, mx.float16),
-            (mx.bfloat16, mx.float16),
-            (mx.float32, mx.float32),
-        )
-        for bits in (4, 5, 6, 8)
-    ],
-    *[
-        ("probe_logits", (True, (dtype, 640), 16, None, 32, 8 * dtype.size))
-        for dtype in (mx.float16, mx.bfloat16, mx.float32)
-    ],
-    *[
-        ("probe_logits", (False, (mx.bfloat16, D), m, mx.bfloat16, group_size, 8))
-        for D, m, group_size in ((32, 1, 32), (896, 7, 128), (2048, 40, 32))
-    ],
-    ("greedy", (mx.float32, False, False)),
-    ("greedy", (mx.float32, True, True)),
-    ("sample", (300, mx.float32, (False, False, False))),
-    ("sample", (16_384, mx.float32, (True, False, False))),
-    ("sample", (40_000, mx.bfloat16, (True, True, True))),
-]
+KERNELS = ("select_probes", "probe_logits", "greedy", "sample", "draft")
 
 
 def report(run: bool = True) -> dict[str, Any]:
@@ -51,16 +25,19 @@ def report(run: bool = True) -> dict[str, Any]:
 
     Returns:
         dict: ``device``, ``backend``, ``versions``, ``kernels`` (what this process
-        has used so far) and, after a run, ``self_test`` (milliseconds, compilation
-        included, or what went wrong).
+        has used so far) and, after a run, ``self_test`` (threads per threadgroup and
+        milliseconds, compilation included, or what went wrong). On Metal also
+        ``bounds_registers``: whether kernels can tell the compiler of their threads.
     """
     result: dict[str, Any] = {
         "device": backend.device_name(),
         "machine": platform.platform(),
         "backend": backend.kind(),
         "versions": {"python": platform.python_version(), "mlx": backend.mlx_version()},
-        "kernels": dict(backend.states),
+        "kernels": {name: state.words for name, state in backend.states.items()},
     }
+    if backend.kind() == "metal":
+        result["bounds_registers"] = backend.bounds_registers()
     for package in ("mlx-flashhead", "mlx-lm"):
         try:
             result["versions"][package] = version(package)
@@ -72,30 +49,32 @@ def report(run: bool = True) -> dict[str, Any]:
 
 
 def self_test(brief: bool = False) -> dict[str, str]:
-    """Run each kind of kernel next to its plain reference: what came of it, by name.
+    """Run every case of each kernel next to its plain reference: what came of it.
 
     Args:
         brief (bool): Only a few of them, as for a slow tool.
     """
-    chosen = [*_VARIANTS[3::5], _VARIANTS[-2]] if brief else _VARIANTS
-    return {_name(kernel, args): _test(kernel, args) for kernel, args in chosen}
+    result = {}
+    for name in KERNELS:
+        kernel = importlib.import_module(f".{name}", __package__)
+        for case in kernel.CASES[:: 5 if brief else 1]:
+            begin = time.perf_counter()
+            most = kernel.largest(case)
+            state = backend.attempt(most, partial(kernel.check, case))
+            spent = 1e3 * (time.perf_counter() - begin)
+            took = f", {spent:.0f} ms" if state.threads else ""
+            result[f"{name}: {_described(case)}"] = state.words + took
+    return result
 
 
-def _name(kernel: str, args: tuple[Any, ...]) -> str:
-    return f"{kernel}{args}".replace("mlx.core.", "")
-
-
-def _test(kernel: str, args: tuple[Any, ...]) -> str:
-    module = importlib.import_module(f".{kernel}", __package__)
-    if kernel == "probe_logits":
-        stats, (dtype, D), *rest = args
-        args = (stats, mx.zeros((1, D), dtype), *rest)
-    begin = time.perf_counter()
-    try:
-        module._check(*args)
-    except Exception as error:  # whatever the device's compiler or runtime says
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-    return f"ok, {1e3 * (time.perf_counter() - begin):.0f} ms"
+def _described(case: Any) -> str:
+    """A case by what differs from the usual, as ``K 300, dtype float16``."""
+    usual = case._field_defaults
+    return ", ".join(
+        f"{name} {backend.short(value)}"
+        for name, value in case._asdict().items()
+        if name not in usual or str(value) != str(usual[name])
+    )
 
 
 def describe() -> str:
@@ -117,10 +96,12 @@ def main(as_json: bool) -> None:
         return
     for key in ("device", "machine", "backend"):
         click.echo(f"{key:10}{checked[key]}")
+    if checked.get("bounds_registers") is False:
+        click.echo("The compiler takes no bound on threads: large groups may not fit.")
     for package, number in checked["versions"].items():
         click.echo(f"{package:15}{number}")
     for name, state in {**checked["kernels"], **checked.get("self_test", {})}.items():
-        click.echo(f"{name:64}{state}")
+        click.echo(f"{name:72}{state}")
     if checked["backend"] == "plain":
         click.echo("No GPU back-end: plain MLX operations do the kernels' work.")
     elif any(not s.startswith("ok") for s in checked.get("self_test", {}).values()):

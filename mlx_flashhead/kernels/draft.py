@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
 
 from . import backend, filters, fixed_point
-from ._prelude import BINS, LARGE_GROUP
+from ._prelude import BINS, LARGE_GROUP, SMALL_GROUP
 from .probe_logits import _HEADER as _ROWS
 from .probe_logits import probe_logits
 from .sample import _HEADER as _DRAWS
@@ -28,7 +28,7 @@ _DROPPED = {mx.float32: 0, mx.float16: 13, mx.bfloat16: 16}
 _HEADER = """
 // To the nearest of fewer bits, ties to even.
 template <int DROPPED>
-inline float rounded(float x) {
+METAL_FUNC float rounded(float x) {
     if (DROPPED == 0) {
         return x;
     }
@@ -39,26 +39,26 @@ inline float rounded(float x) {
 
 // What the model makes of a logit of its head; -inf, which is padding, stays.
 template <bool CAPPED>
-inline float transformed(float x, float scale, float cap) {
+METAL_FUNC float transformed(float x, float scale, float cap) {
     if (!(x > -INFINITY)) {
         return -INFINITY;
     }
     x = x * scale;
-    return CAPPED ? cap * tanh(x / cap) : x;
+    return CAPPED ? cap * precise::tanh(x / cap) : x;
 }
 
 // A logit as the model rounds it.
 template <int DROPPED, bool CAPPED, typename P>
-inline float shaped(P logits, size_t i, float scale, float cap) {
+METAL_FUNC float shaped(P logits, size_t i, float scale, float cap) {
     float value = rounded<DROPPED>(load(logits, i));
     return rounded<DROPPED>(transformed<CAPPED>(value, scale, cap));
 }
 
 // Number i of mx.random.gumbel((size,), key).
-inline float gumbel(uint key0, uint key1, uint i, uint size) {
+METAL_FUNC float gumbel(uint key0, uint key1, uint i, uint size) {
     float u = float(random_word(key0, key1, i, size)) / 4294967296.0f;
     u = u < 0.99999994f ? u : 0.99999994f;
-    return -log(-log(u));
+    return -precise::log(-precise::log(u));
 }
 """
 
@@ -66,7 +66,7 @@ _CHOICE = """
 // The best value of a threadgroup and its place, the lowest of equals; every thread
 // calls it and gets both.
 template <int THREADS>
-inline void find_best(
+METAL_FUNC void find_best(
     thread float& best, thread uint& at, threadgroup float* bests,
     threadgroup uint* ats, uint lane, uint group) {
     float top = simd_max(best);
@@ -184,7 +184,7 @@ _SAMPLED = """
                     float mass = transformed<CAPPED>(
                         load(centroid_logits, size_t(row) * C + c), scale, cap);
                     mass = mass + load(at_one, c) - top;
-                    rest += exp(mass < 60.0f ? mass : 60.0f);
+                    rest += precise::exp(mass < 60.0f ? mass : 60.0f);
                 }
             }
             rest = simd_sum(rest);
@@ -199,7 +199,7 @@ _SAMPLED = """
             rest = simd_sum(lane < SIMDGROUPS ? bests[lane] : 0.0f);
             if (lane == 31) {
                 if (TAIL_COUNTS) {
-                    sum += exp2_negative(tail_levels(-log(rest)), TAIL_BITS);
+                    sum += exp2_negative(tail_levels(-precise::log(rest)), TAIL_BITS);
                 }
                 inverse[0] = (ulong(1) << 63) / sum;
             }
@@ -253,10 +253,12 @@ _SAMPLED = """
             float value = shaped<DROPPED, CAPPED>(
                 logits, base + q * M + r, scale, cap);
             bool kept = levels_below(top, value, LOG2E) <= limit;
-            mass += kept && high > -INFINITY ? exp((value - high) / temperature) : 0.0f;
+            float share = precise::exp((value - high) / temperature);
+            mass += kept && high > -INFINITY ? share : 0.0f;
         }
         uint c = probes[size_t(row) * P + q];
-        float value = high / temperature + log(mass) + gumbel(words[0], words[1], c, C);
+        float value = high / temperature + precise::log(mass)
+            + gumbel(words[0], words[1], c, C);
         if (value > best || (value == best && c < cluster)) {
             best = value;
             cluster = c;
@@ -310,6 +312,7 @@ _SAMPLED = """
                 load_words<WORDS>(from + (size_t(at) * UNITS + unit) * WORDS, w);
                 float dot = 0.0f;
                 float all = 0.0f;
+#pragma unroll
                 for (int i = 0; i < UNIT; i++) {
                     dot += v[i] * (QUANTIZED ? unpack<BITS>(w, i) : element<T>(w, i));
                     all += v[i];
@@ -421,7 +424,7 @@ class Shaping:
         return [_bits(self.scale), _bits(self.softcap or 0.0)]
 
     @property
-    def template(self) -> list[tuple[str, object]]:
+    def template(self) -> backend.Template:
         """The same that is known when a kernel is compiled."""
         return [
             ("DROPPED", _DROPPED[self.rounding]),
@@ -506,11 +509,13 @@ def draft_greedy(
         mx.array: Tokens, uint32 ``[B]``.
     """
     m = token_ids.shape[1]
-    threads = LARGE_GROUP if logits.shape[1] > 4096 else 256
+    most = LARGE_GROUP if logits.shape[1] > 4096 else SMALL_GROUP
     dtype = str(shaping.rounding).split(".")[-1]
     capped = "capped, " * (shaping.softcap is not None)
-    variant = f"draft_greedy({dtype}, {capped}m {m}, {threads} threads)"
-    if backend.ready(variant, lambda: _check_greedy(m, shaping, threads)):
+    variant = f"draft_greedy({dtype}, {capped}m {m}, up to {most} threads)"
+    check = partial(_check_greedy, m, shaping)
+    threads = backend.largest_group(variant, most, check)
+    if threads:
         return _launch_greedy(logits, probes, token_ids, shaping, threads)
     ids = token_ids[probes].reshape(logits.shape)
     return lowest(shaping(logits), ids)
@@ -547,7 +552,7 @@ def draft_sampled(
         mx.array: Tokens, uint32 ``[B]``.
     """
     m = token_ids.shape[1]
-    threads = LARGE_GROUP if max(logits.shape[1], len(token_ids)) > 2048 else 256
+    most = LARGE_GROUP if max(logits.shape[1], len(token_ids)) > 2048 else SMALL_GROUP
     if law.has_kernel and tail.rows is not None:
         options = _options(law, logits.shape[1], tail)
         names = [str(shaping.rounding), str(tail.centroid_logits.dtype)]
@@ -558,13 +563,11 @@ def draft_sampled(
             kind = rows.scales.dtype if rows.scales is not None else rows.x.dtype
             names.append(f"{rows.bits} bits of {rows.x.shape[1]}, {kind}")
             names.append(f"groups of {rows.group_size}, {rows.x.dtype}")
-        names.append(f"{threads} threads")
+        names.append(f"up to {most} threads")
         variant = f"draft_sampled({', '.join(names)})".replace("mlx.core.", "")
-
-        def check() -> None:
-            _check_sampled(m, shaping, law, tail, threads)
-
-        if backend.ready(variant, check):
+        check = partial(_check_sampled, m, shaping, law, tail)
+        threads = backend.largest_group(variant, most, check)
+        if threads:
             return _launch_sampled(
                 logits, probes, token_ids, shaping, keys, law, tail, threads
             )
@@ -654,7 +657,7 @@ def _launch_greedy(
 ) -> mx.array:
     return _greedy(
         [logits, probes, token_ids, _settings(tuple(shaping.words))],
-        template=[("M", token_ids.shape[1]), ("THREADS", threads), *shaping.template],
+        template=[("M", token_ids.shape[1]), *shaping.template],
         groups=(1, len(logits)),
         threads=threads,
         outputs=[((len(logits),), mx.uint32)],
@@ -692,7 +695,6 @@ def _launch_sampled(
             ("BITS", rows.bits),
             ("GROUP_SIZE", rows.group_size),
             ("QUANTIZED", rows.scales is not None),
-            ("THREADS", threads),
             *shaping.template,
             *options.items(),
         ],
@@ -702,8 +704,80 @@ def _launch_sampled(
     )[0]
 
 
-def _check_greedy(m: int, shaping: Shaping, threads: int) -> None:
-    p, c = -(-1200 // m), -(-2000 // m)
+class Case(NamedTuple):
+    """Inputs of a launch: how a draft is drawn, ``None`` for the best; how many rows a
+    cluster has, how many clusters are probed and how many there are; the size of hidden
+    states; bits (0: not quantized) and group size of the table; dtypes of states and
+    scales; to what logits are rounded, and their cap."""
+
+    law: Law | None
+    m: int
+    p: int
+    C: int
+    D: int = 64
+    bits: int = 8
+    group_size: int = 64
+    dtype: mx.Dtype = mx.float32
+    scales: mx.Dtype | None = None
+    rounding: mx.Dtype = mx.float32
+    softcap: float | None = None
+
+
+_F16, _BF16, _F32 = mx.float16, mx.bfloat16, mx.float32
+_LAWS = (
+    Law(0.8),
+    Law(0.7, filters.Rules(top_p=0.9)),
+    Law(1.1, filters.Rules(min_p=0.05)),
+    Law(0.9, filters.Rules(top_k=7)),
+    Law(0.9, filters.Rules(top_p=0.97, min_p=0.01, top_k=60)),
+)
+# What tests, the doctor and the check on a GPU run.
+CASES = (
+    Case(None, 16, 5, 9),
+    Case(None, 16, 40, 50, rounding=_BF16),
+    Case(None, 7, 33, 60, rounding=_F16, softcap=30.0),
+    Case(None, 16, 300, 400, rounding=_BF16, softcap=30.0),
+    *(
+        table._replace(law=law)
+        for law in _LAWS
+        for table in (
+            Case(None, 16, 6, 25),
+            Case(None, 16, 20, 40, 96, 8, 32, _BF16, _F16),
+            Case(None, 5, 12, 33, 640, 4, 64, _BF16, _BF16, _BF16, 30.0),
+            Case(None, 16, 9, 9, 64, 6, 64, _F16, _F16, _F16),
+            Case(None, 16, 130, 400, 64, 0, 32, _BF16, None, _BF16),
+        )
+    ),
+)
+
+
+def largest(case: Case) -> int:
+    """Threads per threadgroup, if so many fit."""
+    if case.law is None:
+        return LARGE_GROUP if case.p * case.m > 4096 else SMALL_GROUP
+    return LARGE_GROUP if max(case.p * case.m, case.C) > 2048 else SMALL_GROUP
+
+
+def check(case: Case, threads: int) -> None:
+    """Raise unless the kernel matches its reference in this case."""
+    shaping = Shaping(case.rounding, 1.0, case.softcap)
+    if case.law is None:
+        _check_greedy(case.m, shaping, threads, (case.p, case.C))
+        return
+    x, centroid_logits = mx.zeros((1, case.D), case.dtype), mx.zeros((1, 1), case.dtype)
+    scales = mx.zeros((1,), case.scales or case.dtype) if case.bits else None
+    bits = case.bits or 8 * case.dtype.size
+    rows = Rows(x, x, scales, scales, bits, case.group_size, case.C * case.m)
+    like = Tail(
+        centroid_logits, x, x, lambda clusters: clusters, rows, case.p == case.C
+    )
+    _check_sampled(case.m, shaping, case.law, like, threads, (case.p, case.C))
+
+
+def _check_greedy(
+    m: int, shaping: Shaping, threads: int, sizes: tuple[int, int] | None = None
+) -> None:
+    p, c = sizes or (-(-1200 // m), -(-2000 // m))
     logits = ((mx.arange(2 * p * m) * 37) % 211).reshape(2, p * m) / 24 - 4
     logits[1, -1] = -mx.inf
     probes = mx.broadcast_to(mx.arange(p, dtype=mx.uint32), (2, p))
@@ -720,10 +794,11 @@ def _check_sampled(
     law: Law,
     tail: Tail,
     threads: int,
+    sizes: tuple[int, int] | None = None,
 ) -> None:
     """Draws of 64 keys. Rounding may move a few: noise that two clusters share to all
     digits does not happen, but the edge of a filter may lie on a token."""
-    p, c = (97, 97) if tail.empty else (40, 97)
+    p, c = sizes or ((97, 97) if tail.empty else (40, 97))
     rows = tail.rows
     assert rows is not None  # or there is no kernel
     b, d = 64, rows.x.shape[1]

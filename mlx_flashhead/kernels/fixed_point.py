@@ -62,46 +62,41 @@ def scaled(words: mx.array, total: mx.array) -> mx.array:
 
 METAL = (
     f"""
+constexpr constant float LARGEST = {LARGEST:.1f}f;
 constexpr constant float LOG2E = {LOG2E:.1f}f;  // log2(e) in fixed point
 constexpr constant float TAIL_SHIFT = {_TAIL_SHIFT!r}f;
 constexpr constant int TAIL_BITS = {TAIL_BITS};
-constexpr constant uint EXP2_0 = {EXP2[0]:#010x}u;
-constexpr constant uint EXP2_1 = {EXP2[1]:#010x}u;
-constexpr constant uint EXP2_2 = {EXP2[2]:#010x}u;
-constexpr constant uint EXP2_3 = {EXP2[3]:#010x}u;
-constexpr constant uint EXP2_4 = {EXP2[4]:#010x}u;
-constexpr constant uint EXP2_5 = {EXP2[5]:#010x}u;
+constexpr constant uint EXP2[] = {{{", ".join(f"{c:#010x}u" for c in EXP2)}}};
 """
     + """
-inline uint fixed_point(float x) {
-    return uint(x < 4294967040.0f ? x : 4294967040.0f);
+METAL_FUNC uint fixed_point(float x) {
+    return uint(x < LARGEST ? x : LARGEST);
 }
 
 // How far below the top a value is, times scale, which converts to powers of two in
 // fixed point. A product of a difference: nothing that could be fused.
-inline uint levels_below(float top, float value, float scale) {
+METAL_FUNC uint levels_below(float top, float value, float scale) {
     return fixed_point((value == top ? 0.0f : top - value) * scale);
 }
 
-inline uint tail_levels(float behind) {
+METAL_FUNC uint tail_levels(float behind) {
     float x = behind + TAIL_SHIFT;
     return fixed_point((x > 0.0f ? x : 0.0f) * LOG2E);
 }
 
 // 2^(32 + up - x / 2^26), by integer arithmetic.
-inline ulong exp2_negative(uint x, int up) {
+METAL_FUNC ulong exp2_negative(uint x, int up) {
     uint t = x << 6;  // the fraction
-    uint v = EXP2_5;
-    v = EXP2_4 - mulhi(t, v);
-    v = EXP2_3 - mulhi(t, v);
-    v = EXP2_2 - mulhi(t, v);
-    v = EXP2_1 - mulhi(t, v);
-    v = EXP2_0 - mulhi(t, v);
+    uint v = EXP2[5];
+#pragma unroll
+    for (int i = 4; i >= 0; i--) {
+        v = EXP2[i] - mulhi(t, v);
+    }
     return (ulong(~0u - mulhi(t, v)) << up) >> (x >> 26);
 }
 
 // floor(random * total / 2^64) for a random number of two words.
-inline ulong scaled(uint high, uint low, ulong total) {
+METAL_FUNC ulong scaled(uint high, uint low, ulong total) {
     ulong total_low = total & 0xffffffffu;
     ulong total_high = total >> 32;
     ulong a = high * total_low + (low * total_low >> 32);

@@ -1,6 +1,7 @@
 """Exact logits of the probed clusters' rows (arXiv 2603.14591, stage 2)."""
 
-from functools import lru_cache
+import itertools
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -14,7 +15,12 @@ _Arrays = tuple[mx.array, mx.array, mx.array | None, mx.array | None, mx.array]
 # lanes share a row and read it side by side, 16 bytes or more each, so four rows are
 # read at once; a lane keeps ROWS such sets in flight and uses x for all of them. The
 # bits of a quantized weight become a float by or-ing them into the mantissa of 2^23,
-# which is exact.
+# which is exact. What is indexed by a loop's counter is an array in registers only if
+# the loop is unrolled, so all loops over ROWS, UNIT and WORDS say that they are.
+#
+# Lanes that share a scale read it at the same address, which the memory serves once. To
+# read it in one of them and shuffle would take the same load, which all lanes issue
+# together, and a shuffle more.
 _SOURCE = """
     constexpr int UNIT = unit_size(BITS);  // weights that a lane reads at a time
     constexpr int WORDS = UNIT * BITS / 32;
@@ -22,7 +28,13 @@ _SOURCE = """
     constexpr int GROUPS = D / GROUP_SIZE;
     constexpr int ROWS = M > 12 ? 4 : (M + 3) / 4;
     constexpr int CHUNKS = (M + 4 * ROWS - 1) / (4 * ROWS);
-    uint lane = thread_index_in_simdgroup;
+    static_assert(M >= 1 && D % UNIT == 0, "a row is whole units");
+    static_assert(UNIT * BITS == 32 * WORDS, "a unit is whole words");
+    static_assert(!QUANTIZED || (D % GROUP_SIZE == 0 && GROUP_SIZE % UNIT == 0),
+                  "a unit has one scale");
+    static_assert(!QUANTIZED || BITS <= 23, "weights fit the mantissa of 2^23");
+    static_assert(THREADS % 32 == 0, "whole simdgroups");
+    uint simd_lid = thread_index_in_simdgroup;
     uint batch = threadgroup_position_in_grid.y;
     uint n_probes = probes_shape[1];
     uint n_rows = sizes[0];
@@ -39,52 +51,63 @@ _SOURCE = """
     float best = -INFINITY;
     uint best_at = ~0u;
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        uint rows[ROWS];
+        // Where the rows and their groups begin.
+        const device uint* row_words[ROWS];
+        size_t row_groups[ROWS];
         float acc[ROWS];
+#pragma unroll
         for (int r = 0; r < ROWS; r++) {
-            uint row = (chunk * ROWS + r) * 4 + lane / 8;
-            rows[r] = min(first + min(row, uint(M - 1)), n_rows - 1);
+            uint row = (chunk * ROWS + r) * 4 + simd_lid / 8;
+            size_t at = min(first + min(row, uint(M - 1)), n_rows - 1);
+            row_words[r] = words + at * (UNITS * WORDS);
+            row_groups[r] = at * GROUPS;
             acc[r] = 0.0f;
         }
-        for (int unit = lane % 8; unit < UNITS; unit += 8) {
+        for (int unit = simd_lid % 8; unit < UNITS; unit += 8) {
             float v[UNIT];
             load_floats<T, UNIT>(x_words, unit, v);
             uint w[ROWS][WORDS];
+#pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                const device uint* from = words
-                    + (size_t(rows[r]) * UNITS + unit) * WORDS;
-                load_words<WORDS>(from, w[r]);
+                load_words<WORDS>(row_words[r] + unit * WORDS, w[r]);
             }
             if (QUANTIZED) {
+                int group = unit * UNIT / GROUP_SIZE;
                 float sum = 0.0f;
+#pragma unroll
                 for (int i = 0; i < UNIT; i++) {
                     sum += v[i];
                 }
+#pragma unroll
                 for (int r = 0; r < ROWS; r++) {
                     float dot = 0.0f;
+#pragma unroll
                     for (int i = 0; i < UNIT; i++) {
                         dot += v[i] * unpack<BITS>(w[r], i);
                     }
-                    size_t at = size_t(rows[r]) * GROUPS + unit * UNIT / GROUP_SIZE;
+                    size_t at = row_groups[r] + group;
                     acc[r] += load(scales, at) * dot + load(biases, at) * sum;
                 }
             } else {
+#pragma unroll
                 for (int r = 0; r < ROWS; r++) {
+#pragma unroll
                     for (int i = 0; i < UNIT; i++) {
                         acc[r] += v[i] * element<T>(w[r], i);
                     }
                 }
             }
         }
+#pragma unroll
         for (int r = 0; r < ROWS; r++) {
             float value = acc[r];
             value += simd_shuffle_xor(value, ushort(1));
             value += simd_shuffle_xor(value, ushort(2));
             value += simd_shuffle_xor(value, ushort(4));
-            uint row = (chunk * ROWS + r) * 4 + lane / 8;
+            uint row = (chunk * ROWS + r) * 4 + simd_lid / 8;
             bool real = row < uint(M) && first + row < n_rows;
             value = real ? value : -INFINITY;
-            if (row < uint(M) && lane % 8 == 0) {
+            if (row < uint(M) && simd_lid % 8 == 0) {
                 logits[out * M + row] = value;
             }
             if (value > best) {
@@ -93,24 +116,27 @@ _SOURCE = """
             }
         }
     }
-    if (STATS) {
-        float top = simd_max(best);
-        uint top_at = simd_min(best == top ? best_at : ~0u);
-        if (lane == 0) {
-            block_max[out] = top;
-            block_argmax[out] = probe * M + (top_at < uint(M) ? top_at : 0u);
-        }
+"""
+
+# What :func:`probe_logits_stats` writes besides.
+_STATS = """
+    float top = simd_max(best);
+    uint top_at = simd_min(best == top ? best_at : ~0u);
+    if (simd_lid == 0) {
+        block_max[out] = top;
+        block_argmax[out] = probe * M + (top_at < uint(M) ? top_at : 0u);
     }
 """
 
 _HEADER = """
-constexpr int unit_size(int bits) {
+METAL_FUNC constexpr int unit_size(int bits) {
     return bits < 8 ? 32 : 128 / bits;
 }
 
 template <int N>
-inline void load_words(const device uint* from, thread uint* to) {
+METAL_FUNC void load_words(const device uint* from, thread uint* to) {
     if (N % 4 == 0) {
+#pragma unroll
         for (int i = 0; i < N; i += 4) {
             uint4 v = *(const device uint4*)(from + i);
             to[i] = v.x;
@@ -119,12 +145,14 @@ inline void load_words(const device uint* from, thread uint* to) {
             to[i + 3] = v.w;
         }
     } else if (N % 2 == 0) {
+#pragma unroll
         for (int i = 0; i < N; i += 2) {
             uint2 v = *(const device uint2*)(from + i);
             to[i] = v.x;
             to[i + 1] = v.y;
         }
     } else {
+#pragma unroll
         for (int i = 0; i < N; i++) {
             to[i] = from[i];
         }
@@ -133,19 +161,21 @@ inline void load_words(const device uint* from, thread uint* to) {
 
 // Element i of words that hold values of type T.
 template <typename T>
-inline float element(thread const uint* words, int i) {
+METAL_FUNC float element(thread const uint* words, int i) {
     return float(as_type<T>(ushort(words[i / 2] >> (16 * (i % 2)))));
 }
 template <>
-inline float element<float>(thread const uint* words, int i) {
+METAL_FUNC float element<float>(thread const uint* words, int i) {
     return as_type<float>(words[i]);
 }
 
 template <typename T, int N>
-inline void load_floats(const device uint* from, int unit, thread float* to) {
+METAL_FUNC void load_floats(const device uint* from, int unit, thread float* to) {
     constexpr int WORDS = N * sizeof(T) / 4;
+    static_assert(WORDS * 4 == int(N * sizeof(T)), "whole words");
     uint words[WORDS];
     load_words<WORDS>(from + unit * WORDS, words);
+#pragma unroll
     for (int i = 0; i < N; i++) {
         to[i] = element<T>(words, i);
     }
@@ -153,7 +183,7 @@ inline void load_floats(const device uint* from, int unit, thread float* to) {
 
 // Weight i of a little-endian stream of BITS-bit integers.
 template <int BITS>
-inline float unpack(thread const uint* words, int i) {
+METAL_FUNC float unpack(thread const uint* words, int i) {
     int at = i * BITS / 32;
     int shift = i * BITS % 32;
     uint bits = words[at] >> shift;
@@ -167,23 +197,15 @@ inline float unpack(thread const uint* words, int i) {
 # Two clusters to a threadgroup: small groups spread over all cores.
 _THREADS = 64
 
+_INPUTS = ["x", "weight", "scales", "biases", "probes", "sizes"]
 _OUTPUTS = ["logits", "block_max", "block_argmax"]
 
-
-def _kernel(stats: bool) -> backend.Kernel:
-    source = _SOURCE
-    if not stats:  # without the outputs that it would write
-        source = source[: source.index("    if (STATS)")]
-    return backend.Kernel(
-        "probe_logits_stats" if stats else "probe_logits",
-        ["x", "weight", "scales", "biases", "probes", "sizes"],
-        _OUTPUTS if stats else _OUTPUTS[:1],
-        source.replace("if (STATS) {", "{"),
-        _HEADER,
-    )
-
-
-_kernels = {stats: _kernel(stats) for stats in (False, True)}
+_kernels = {
+    False: backend.Kernel("probe_logits", _INPUTS, _OUTPUTS[:1], _SOURCE, _HEADER),
+    True: backend.Kernel(
+        "probe_logits_stats", _INPUTS, _OUTPUTS, _SOURCE + _STATS, _HEADER
+    ),
+}
 
 
 class ProbeLogits(NamedTuple):
@@ -259,28 +281,144 @@ def probe_logits_stats(
 def _run(
     stats: bool, args: _Arrays, group_size: int, bits: int, n_rows: int | None
 ) -> list[mx.array]:
-    x, weight, scales, _, _ = args
+    x, weight, scales, _, probes = args
     _validate(*args, group_size, bits)
     C, m = weight.shape[:2]
     n_rows = C * m if n_rows is None else n_rows
     if not 1 <= n_rows <= C * m:
         raise ValueError(f"n_rows must be from 1 to {C * m}, not {n_rows}")
-    name = str(x.dtype).split(".")[-1]
+    if not probes.size:
+        B, p = probes.shape
+        none = [mx.zeros((B, p * m)), mx.zeros((B, p)), mx.zeros((B, p), mx.uint32)]
+        return none if stats else none[:1]
+    code = Case(
+        *(x.dtype, 0 if scales is None else bits, group_size, x.shape[1], m),
+        scales=None if scales is None else scales.dtype,
+        stats=stats,
+    )
     if scales is None:
-        form, group_size, bits = "rows", 32, 8 * x.dtype.size
-    else:
-        kind = str(scales.dtype).split(".")[-1]
-        form = f"{bits} bits in groups of {group_size}, scales {kind}"
-    variant = f"{_kernels[stats].name}({name}, {form}, D {x.shape[1]}, m {m})"
+        group_size, bits = 32, 8 * x.dtype.size
+    variant = f"{_kernels[stats].name}({_described(code)})"
     # Fewer than 8 words are no device buffer in Metal, and not worth a launch.
-    if weight.size >= 8 and backend.ready(
-        variant,
-        lambda: _check(
-            stats, x, m, None if scales is None else scales.dtype, group_size, bits
-        ),
-    ):
-        return _launch(stats, *args, group_size, bits, n_rows)
+    threads = 0
+    if weight.size >= 8:
+        threads = backend.largest_group(variant, largest(code), partial(_check, code))
+    if threads:
+        return _launch(stats, *args, group_size, bits, n_rows, threads)
     return _reference(stats, *args, group_size, bits, n_rows)
+
+
+class Case(NamedTuple):
+    """Inputs of a launch: dtype of the hidden states, bits of a weight (0: it is not
+    quantized), sizes as in :func:`probe_logits` with C clusters and p probes, the
+    scales' dtype (by default that of the states), and whether maxima are wanted."""
+
+    dtype: mx.Dtype
+    bits: int
+    group_size: int
+    D: int
+    m: int
+    B: int = 2
+    C: int = 5
+    p: int = 3
+    scales: mx.Dtype | None = None
+    stats: bool = True
+
+
+_F16, _BF16, _F32 = mx.float16, mx.bfloat16, mx.float32
+# Edges of rows, chunks and threadgroups.
+_EDGES = (
+    Case(_BF16, 8, 64, 640, 16, B=1, C=6),
+    Case(_BF16, 8, 128, 1152, 16, C=4, p=4),
+    Case(_F32, 8, 32, 2048, 16, B=1, C=3, p=2, stats=False),
+    Case(_F16, 8, 32, 96, 1, B=3, C=9, p=5),
+    Case(_BF16, 4, 64, 896, 16, B=1, C=4),
+    Case(_F16, 4, 32, 640, 40, B=1, C=3, p=2, stats=False),
+    Case(_F32, 4, 128, 1152, 3, p=4),
+    Case(_BF16, 5, 64, 640, 16, B=1),
+    Case(_F32, 5, 32, 32, 7, C=8, stats=False),
+    Case(_F16, 6, 128, 896, 16, C=4, p=2),
+    Case(_BF16, 6, 32, 2048, 13, B=1, C=3),
+    Case(_BF16, 0, 32, 640, 16, stats=False),
+    Case(_F16, 0, 32, 1152, 24, B=1, C=3, p=2),
+    Case(_F32, 0, 32, 896, 16, B=1, C=3, p=1),
+    Case(_F32, 0, 32, 32, 128, B=1, C=1, p=1, stats=False),
+    # Scales may be finer than states.
+    Case(_BF16, 4, 64, 640, 16, scales=_F16),
+    Case(_BF16, 8, 64, 640, 16, scales=_F32),
+    Case(_F16, 4, 64, 640, 16, scales=_F32),
+)
+# Every format, with sizes that go round.
+_FORMATS = tuple(
+    Case(
+        *(dtype, bits, group_size, (128, 640, 896, 1152, 2048)[i % 5]),
+        *((1, 5, 16, 33)[i % 4], 2, 4, 3),
+        stats=i % 2 == 0,
+    )
+    for i, (dtype, (bits, group_size)) in enumerate(
+        itertools.product(
+            (_F16, _BF16, _F32),
+            ((0, 32), *itertools.product((4, 5, 6, 8), (32, 64, 128))),
+        )
+    )
+)
+# What tests, the doctor and the check on a GPU run.
+CASES = (*_EDGES, *_FORMATS)
+
+
+def largest(case: Case) -> int:
+    """Threads of a threadgroup: the same in all cases."""
+    return _THREADS
+
+
+def inputs(case: Case) -> tuple[mx.array, mx.array, mx.array | None, mx.array | None]:
+    """Hidden states, rows, scales and biases of a case."""
+    keys = mx.random.split(mx.random.key(case.D + case.m))
+    x = mx.random.normal((case.B, case.D), key=keys[0]).astype(case.dtype)
+    weight = mx.random.normal((case.C, case.m, case.D), key=keys[1]) * case.D**-0.5
+    weight = weight.astype(case.scales or case.dtype)
+    if not case.bits:
+        return x, weight, None, None
+    packed = mx.quantize(weight, group_size=case.group_size, bits=case.bits)
+    return x, *packed
+
+
+def probed(case: Case) -> tuple[mx.array, int]:
+    """Probes of a case, different in each row and the last cluster among them, and how
+    many rows are real."""
+    C, p = case.C, case.p
+    rows = [[(b + i * (C // p)) % C for i in range(p - 1)] for b in range(case.B)]
+    probes = mx.array([[*sorted(row), C - 1] for row in rows], dtype=mx.uint32)
+    return probes, C * case.m - case.m // 3
+
+
+def check(case: Case, threads: int) -> None:
+    """Raise unless the kernel matches its reference in this case."""
+    probes, n_rows = probed(case)
+    bits = case.bits or 8 * case.dtype.size
+    args = (*inputs(case), probes, case.group_size, bits, n_rows)
+    got = _launch(case.stats, *args, threads)
+    want = _reference(case.stats, *args, exact=True)
+    backend.expect_close("probe_logits", got[0], want[0], 1e-4)
+    if case.stats:
+        backend.expect_close("block_max", got[1], want[1], 1e-4)
+        chosen = mx.take_along_axis(got[0], got[2], axis=1)
+        backend.expect_close("block_argmax", chosen, got[1])
+
+
+def _check(code: Case, threads: int) -> None:
+    """The cases of one piece of code: with a full and a half-empty threadgroup."""
+    for p in (2, 3):
+        check(code._replace(p=p), threads)
+
+
+def _described(code: Case) -> str:
+    """What a case's code depends on."""
+    form = "rows"
+    if code.bits:
+        form = f"{code.bits} bits in groups of {code.group_size}"
+        form += f", scales {backend.short(code.scales)}"
+    return f"{backend.short(code.dtype)}, {form}, D {code.D}, m {code.m}"
 
 
 def _validate(
@@ -434,6 +572,7 @@ def _launch(
     group_size: int,
     bits: int,
     n_rows: int,
+    threads: int,
 ) -> list[mx.array]:
     B, p = probes.shape
     m = weight.shape[1]
@@ -456,37 +595,8 @@ def _launch(
             ("BITS", bits),
             ("GROUP_SIZE", group_size),
             ("QUANTIZED", scales is not None),
-            ("THREADS", _THREADS),
         ],
-        groups=(-(-p * 32 // _THREADS), B),
-        threads=_THREADS,
+        groups=(-(-p * 32 // threads), B),
+        threads=threads,
         outputs=shapes,
     )
-
-
-def _check(
-    stats: bool,
-    like: mx.array,
-    m: int,
-    scales_dtype: mx.Dtype | None,
-    group_size: int,
-    bits: int,
-) -> None:
-    dtype, D, C = like.dtype, like.shape[1], 5
-    key = mx.random.key(0)
-    x = mx.random.normal((2, D), key=key).astype(dtype)
-    weight = mx.random.normal((C, m, D), key=key).astype(dtype)
-    scales = biases = None
-    if scales_dtype is not None:
-        weight, scales, biases = mx.quantize(
-            weight.astype(scales_dtype), group_size=group_size, bits=bits
-        )
-    probes = mx.array([[0, 2, 4], [1, 3, 4]], dtype=mx.uint32)
-    args = (x, weight, scales, biases, probes, group_size, bits, C * m - m // 2)
-    got = _launch(stats, *args)
-    want = _reference(stats, *args, exact=True)
-    backend.expect_close("probe_logits", got[0], want[0], 1e-4)
-    if stats:
-        backend.expect_close("block_max", got[1], want[1], 1e-4)
-        chosen = mx.take_along_axis(got[0], got[2], axis=1)
-        backend.expect_close("block_argmax", chosen, got[1])

@@ -1,24 +1,28 @@
 """One random candidate of each row, in one launch, the same on every back-end."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from . import backend, filters, fixed_point
-from ._prelude import BINS, LARGE_GROUP
+from ._prelude import BINS, LARGE_GROUP, SMALL_GROUP
 
 # There is one draw per row, from integer masses (fixed_point.py), and no rounding to
 # differ by: one random number, scaled to their total, picks the same candidate on every
 # back-end.
 _SOURCE = """
     constexpr int N = (K + THREADS - 1) / THREADS;
-    uint tid = thread_position_in_threadgroup.x;
-    uint lane = thread_index_in_simdgroup;
-    uint group = simdgroup_index_in_threadgroup;
+    // A mass has 40 bits, and the tail's TAIL_BITS more.
+    static_assert(K >= 1 && K <= 131072, "sums of masses stay below 2^64");
+    static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole simdgroups, at most 32");
+    uint lid = thread_position_in_threadgroup.x;
+    uint simd_lid = thread_index_in_simdgroup;
+    uint simd_gid = simdgroup_index_in_threadgroup;
     uint row = threadgroup_position_in_grid.y;
     size_t base = size_t(row) * K;
-    uint first = group * 32 * N + lane;
+    uint first = simd_gid * 32 * N + simd_lid;
     float scale = as_type<float>(settings[0]);
     float temperature = as_type<float>(settings[1]);
     uint limit = settings[2];
@@ -31,8 +35,8 @@ _SOURCE = """
     threadgroup ulong inverse[1];
     threadgroup uint words[2];
 
-    if (tid < 2) {
-        words[tid] = random_word(key[0], key[1], 2 * row + tid, 2 * logits_shape[0]);
+    if (lid < 2) {
+        words[lid] = random_word(key[0], key[1], 2 * row + lid, 2 * logits_shape[0]);
     }
     float top = -INFINITY;
 #pragma unroll 4
@@ -42,11 +46,11 @@ _SOURCE = """
         top = value > top ? value : top;
     }
     top = simd_max(top);
-    if (lane == 0) {
-        tops[group] = top;
+    if (simd_lid == 0) {
+        tops[simd_gid] = top;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    top = simd_max(lane < THREADS / 32 ? tops[lane] : -INFINITY);
+    top = simd_max(simd_lid < THREADS / 32 ? tops[simd_lid] : -INFINITY);
 
     // How far from the top a candidate may be: min-p, then top-p and top-k.
     bool tail_kept = TAIL && limit == ~0u && !TOP_K;
@@ -60,14 +64,15 @@ _SOURCE = """
                 sum += exp2_negative(levels_below(top, value, LOG2E), 0);
             }
         }
-        sum = simd_scan(sum, lane);
-        if (lane == 31) {
-            totals[group] = sum;
+        sum = simd_scan(sum, simd_lid);
+        if (simd_lid == 31) {
+            totals[simd_gid] = sum;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (group == 0) {
-            sum = simd_scan(lane < THREADS / 32 ? totals[lane] : ulong(0), lane);
-            if (lane == 31) {
+        if (simd_gid == 0) {
+            sum = simd_lid < THREADS / 32 ? totals[simd_lid] : ulong(0);
+            sum = simd_scan(sum, simd_lid);
+            if (simd_lid == 31) {
                 if (TAIL) {
                     float behind = top - load(tail, 2 * row + 1);
                     sum += exp2_negative(tail_levels(behind), TAIL_BITS);
@@ -83,7 +88,7 @@ _SOURCE = """
         uint cut = 0;
         uint remaining = settings[3 + rule];
         for (int digit = 0; digit < 2; digit++) {
-            clear_bins<THREADS>(bins, tid);
+            clear_bins<THREADS>(bins, lid);
             threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll 4
             for (int j = 0; j < N; j++) {
@@ -105,7 +110,7 @@ _SOURCE = """
                     }
                 }
             }
-            find_bin<THREADS>(bins, sums, bin_at, remaining, tid, lane, group);
+            find_bin<THREADS>(bins, sums, bin_at, remaining, lid, simd_lid, simd_gid);
             cut = cut << 11 | bin_at[0];
             remaining -= bin_at[1];
             tail_kept = tail_kept && bin_at[2] == 0;
@@ -124,15 +129,16 @@ _SOURCE = """
             mass += candidate_mass(top, value, scale, limit);
         }
     }
-    mass = simd_scan(mass, lane);
-    if (lane == 31) {
-        totals[group] = mass;
+    mass = simd_scan(mass, simd_lid);
+    if (simd_lid == 31) {
+        totals[simd_gid] = mass;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    ulong upto = simd_scan(lane < THREADS / 32 ? totals[lane] : ulong(0), lane);
+    ulong upto = simd_lid < THREADS / 32 ? totals[simd_lid] : ulong(0);
+    upto = simd_scan(upto, simd_lid);
     ulong all = simd_get(upto, 31);
-    ulong end = simd_get(upto, group);
-    ulong begin = end - totals[group];
+    ulong end = simd_get(upto, simd_gid);
+    ulong begin = end - totals[simd_gid];
 
     ulong total = all;
     if (TAIL && tail_kept) {
@@ -141,17 +147,17 @@ _SOURCE = """
     }
     ulong drawn = scaled(words[0], words[1], total);
     if (drawn >= all) {
-        if (tid == 0) {
+        if (lid == 0) {
             chosen[row] = uint(K);
         }
     } else if (begin <= drawn && drawn < end) {
         // This simdgroup's stretch again, now in order: N candidates to each lane.
         mass = 0;
-        uint start = (group * 32 + lane) * N;
+        uint start = (simd_gid * 32 + simd_lid) * N;
         for (uint i = start; i < start + N && i < K; i++) {
             mass += candidate_mass(top, logit(logits, base + i), scale, limit);
         }
-        ulong after = begin + simd_scan(mass, lane);
+        ulong after = begin + simd_scan(mass, simd_lid);
         ulong before = after - mass;
         if (before <= drawn && drawn < after) {
             uint i = start;
@@ -171,12 +177,12 @@ _HEADER = (
     + f"constexpr constant int COARSE = {filters.COARSE};\n"
     + """
 template <typename P>
-inline float logit(P logits, size_t i) {
+METAL_FUNC float logit(P logits, size_t i) {
     float value = load(logits, i);
     return value == value ? value : -INFINITY;
 }
 
-inline ulong candidate_mass(float top, float value, float scale, uint limit) {
+METAL_FUNC ulong candidate_mass(float top, float value, float scale, uint limit) {
     if (levels_below(top, value, LOG2E) > limit) {
         return 0;
     }
@@ -184,25 +190,25 @@ inline ulong candidate_mass(float top, float value, float scale, uint limit) {
 }
 
 // Inclusive sum over the lanes.
-inline ulong simd_scan(ulong v, uint lane) {
+METAL_FUNC ulong simd_scan(ulong v, uint simd_lid) {
     for (ushort d = 1; d < 32; d *= 2) {
         uint low = simd_shuffle_up(uint(v), d);
         uint high = simd_shuffle_up(uint(v >> 32), d);
-        v += lane >= d ? ulong(high) << 32 | low : 0;
+        v += simd_lid >= d ? ulong(high) << 32 | low : 0;
     }
     return v;
 }
 
-inline ulong simd_get(ulong v, uint lane) {
-    uint low = simd_shuffle(uint(v), ushort(lane));
-    uint high = simd_shuffle(uint(v >> 32), ushort(lane));
+METAL_FUNC ulong simd_get(ulong v, uint simd_lid) {
+    uint low = simd_shuffle(uint(v), ushort(simd_lid));
+    uint high = simd_shuffle(uint(v >> 32), ushort(simd_lid));
     return ulong(high) << 32 | low;
 }
 
 // Word i of the size words of mx.random.bits with a key: Threefry 2x32 with 20 rounds
 // (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), which makes
 // two words at once, half of the size apart.
-inline uint random_word(uint key0, uint key1, uint i, uint size) {
+METAL_FUNC uint random_word(uint key0, uint key1, uint i, uint size) {
     uint n = (size + 1) / 2;
     uint partner = i + n < size ? i + n : 0;
     uint keys[3] = {key0, key1, key0 ^ key1 ^ 0x1bd11bdau};
@@ -306,11 +312,16 @@ def sample(
     rules = filters.Rules(top_p, min_p, min_tokens_to_keep, top_k, xtc_threshold)
     plain = min_tokens_to_keep > 1 or xtc_probability > 0
     options = (top_p < 1, 0 < top_k < K, tail is not None)
-    names = [str(logits.dtype).split(".")[-1]]
-    names += [n for n, on in zip(("top-p", "top-k", "tail"), options) if on]
-    variant = f"sample({', '.join(names)}, K {K})"
-    if not plain and backend.ready(variant, lambda: _check(K, logits.dtype, options)):
-        return _launch(logits, key, temperature, rules, tail, options)
+    if not B:
+        return mx.zeros((0,), dtype=mx.uint32)
+    if not plain:
+        code = Case(K, logits.dtype, *options)
+        names = ("top-p", "top-k", "tail")
+        on = [n for n, option in zip(names, options, strict=True) if option]
+        variant = f"sample({', '.join([backend.short(logits.dtype), *on])}, K {K})"
+        threads = backend.largest_group(variant, largest(code), partial(check, code))
+        if threads:
+            return _launch(logits, key, temperature, rules, tail, threads)
     coin = None
     if xtc_probability > 0:
         u = mx.random.uniform(shape=(B,), key=key ^ mx.array([0, 1 << 31], mx.uint32))
@@ -359,38 +370,91 @@ def _reference(
     return (upto <= drawn[:, None]).sum(axis=-1).astype(mx.uint32)
 
 
+class Case(NamedTuple):
+    """Inputs of a launch: how many candidates, their dtype, whether there are top-p,
+    top-k and a tail, the batch size, and min-p."""
+
+    K: int
+    dtype: mx.Dtype = mx.float32
+    top_p: bool = False
+    top_k: bool = False
+    tail: bool = False
+    B: int = 2
+    min_p: float = 0.0
+
+
+# What tests, the doctor and the check on a GPU run.
+CASES = (
+    Case(1, B=1),
+    Case(300, top_p=True, tail=True),
+    Case(300, mx.float16, True, True, B=1, min_p=0.01),
+    Case(1000, mx.bfloat16, B=3),
+    Case(2048, tail=True),
+    Case(2049, mx.float16, top_k=True, B=1),
+    Case(5000, top_p=True),
+    Case(9000, mx.bfloat16, True, True, True, B=1),
+    Case(16_384, top_p=True, B=4),
+    Case(40_000, mx.bfloat16, True, True, True),
+)
+_SEEDS = range(3)
+
+
+def largest(case: Case) -> int:
+    """Threads per threadgroup, if so many fit."""
+    return LARGE_GROUP if case.K > 2048 else SMALL_GROUP
+
+
+def inputs(case: Case) -> tuple[mx.array, mx.array | None]:
+    """Logits and tail of a case, with ties, infinities and NaN."""
+    B, K = case.B, case.K
+    logits = (((mx.arange(B * K) * 37) % 211) / 24).reshape(B, K).astype(case.dtype)
+    if K > 32:
+        logits[-1, 1::9] = -mx.inf
+        logits[-1, 2::19] = mx.nan
+    return logits, mx.array([[9.0, 10.0]] * B) if case.tail else None
+
+
+def settings(case: Case) -> dict[str, float]:
+    """Temperature and filters of a case, by their names in :func:`sample`."""
+    chosen = {"temperature": 0.8, "min_p": case.min_p}
+    if case.top_p:
+        chosen["top_p"] = 0.9
+    if case.top_k:
+        chosen["top_k"] = -(-case.K // 3)
+    return chosen
+
+
+def check(case: Case, threads: int) -> None:
+    """Raise unless the kernel matches its reference in this case."""
+    logits, tail = inputs(case)
+    chosen = settings(case)
+    temperature = chosen.pop("temperature")
+    rules = filters.Rules(**chosen)  # type: ignore[arg-type]
+    for seed in _SEEDS:
+        args = (logits, mx.random.key(seed), temperature, rules, tail)
+        got = _launch(*args, threads)
+        backend.expect_close("sample", got, _reference(*args))
+
+
 def _launch(
     logits: mx.array,
     key: mx.array,
     temperature: float,
     rules: filters.Rules,
     tail: mx.array | None,
-    options: tuple[bool, bool, bool],
+    threads: int,
 ) -> mx.array:
     B, K = logits.shape
-    threads = LARGE_GROUP if K > 2048 else 256
-    settings = _settings(temperature, rules)
+    words = _settings(temperature, rules)
     return _kernel(
-        [logits, key, settings, logits if tail is None else tail],
+        [logits, key, words, logits if tail is None else tail],
         template=[
             ("K", K),
-            ("TOP_P", options[0]),
-            ("TOP_K", options[1]),
-            ("TAIL", options[2]),
-            ("THREADS", threads),
+            ("TOP_P", rules.top_p < 1),
+            ("TOP_K", 0 < rules.top_k < K),
+            ("TAIL", tail is not None),
         ],
         groups=(1, B),
         threads=threads,
         outputs=[((B,), mx.uint32)],
     )[0]
-
-
-def _check(K: int, dtype: mx.Dtype, options: tuple[bool, bool, bool]) -> None:
-    B = 2
-    logits = (((mx.arange(B * K) * 37) % 211) / 24).reshape(B, K).astype(dtype)
-    tail = mx.array([[9.0, 10.0]] * B) if options[2] else None
-    top_k = -(-K // 3) if options[1] else 0
-    rules = filters.Rules(0.9 if options[0] else 1.0, 0.0, 1, top_k)
-    for seed in range(3):
-        args = (logits, mx.random.key(seed), 0.8, rules, tail)
-        backend.expect_close("sample", _launch(*args, options), _reference(*args))

@@ -1,23 +1,25 @@
 """Which clusters to probe: the p best of C scores (arXiv 2603.14591, stage 1)."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from . import backend
-from ._prelude import BINS, LARGE_GROUP
+from ._prelude import BINS, LARGE_GROUP, SMALL_GROUP
 
 # Scores become integer keys that grow from the best score to the worst. A radix
 # select finds the p-th key, then every simdgroup writes the chosen of its own
 # stretch of indices, ties in order of index until p are chosen.
 _SOURCE = """
     constexpr int N = (C + THREADS - 1) / THREADS;
-    uint tid = thread_position_in_threadgroup.x;
-    uint lane = thread_index_in_simdgroup;
-    uint group = simdgroup_index_in_threadgroup;
+    static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole simdgroups, at most 32");
+    uint lid = thread_position_in_threadgroup.x;
+    uint simd_lid = thread_index_in_simdgroup;
+    uint simd_gid = simdgroup_index_in_threadgroup;
     uint row = threadgroup_position_in_grid.y;
     size_t base = size_t(row) * C;
-    uint first = group * 32 * N + lane;
+    uint first = simd_gid * 32 * N + simd_lid;
     uint n_probes = sizes[0];
 
     threadgroup atomic_uint bins[BINS];
@@ -31,7 +33,7 @@ _SOURCE = """
     for (int digit = 0; digit < 3; digit++) {
         int shift = digit == 0 ? 21 : digit == 1 ? 10 : 0;
         int width = digit == 2 ? 10 : 11;
-        clear_bins<THREADS>(bins, tid);
+        clear_bins<THREADS>(bins, lid);
         threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll 4
         for (int j = 0; j < N; j++) {
@@ -44,7 +46,7 @@ _SOURCE = """
                 }
             }
         }
-        find_bin<THREADS>(bins, sums, bin_at, remaining, tid, lane, group);
+        find_bin<THREADS>(bins, sums, bin_at, remaining, lid, simd_lid, simd_gid);
         cut = cut << width | bin_at[0];
         remaining -= bin_at[1];
     }
@@ -64,13 +66,13 @@ _SOURCE = """
     }
     below = simd_sum(below);
     equal = simd_sum(equal);
-    if (lane == 0) {
-        sums[group] = below;
-        sums[32 + group] = equal;
+    if (simd_lid == 0) {
+        sums[simd_gid] = below;
+        sums[32 + simd_gid] = equal;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    below = simd_sum(lane < group ? sums[lane] : 0u);
-    equal = simd_sum(lane < group ? sums[32 + lane] : 0u);
+    below = simd_sum(simd_lid < simd_gid ? sums[simd_lid] : 0u);
+    equal = simd_sum(simd_lid < simd_gid ? sums[32 + simd_lid] : 0u);
 
 #pragma unroll 4
     for (int j = 0; j < N; j++) {
@@ -95,7 +97,7 @@ _SOURCE = """
 _HEADER = """
 // 0 for the best score, growing towards the worst; NaN is the worst.
 template <typename S, typename P>
-inline uint score_key(S scores, size_t at, P spread, uint i, bool add) {
+METAL_FUNC uint score_key(S scores, size_t at, P spread, uint i, bool add) {
     float score = load(scores, at);
     if (add) {
         score = score + load(spread, i);
@@ -146,12 +148,79 @@ def select_probes(
         raise ValueError(f"n_probes must be from 1 to {n_clusters}, not {n_probes}")
     if spread is not None and spread.shape != (n_clusters,):
         raise ValueError(f"spread must be [{n_clusters}], not {spread.shape}")
-    types = [scores.dtype] + ([] if spread is None else [spread.dtype])
-    names = [str(t).split(".")[-1] for t in types]
-    variant = f"select_probes({', '.join(names)}, C {n_clusters})"
-    if backend.ready(variant, lambda: _check(n_clusters, *types)):
-        return _launch(scores, n_probes, spread)
+    if not len(scores):
+        return mx.zeros((0, n_probes), dtype=mx.uint32)
+    of_spread = None if spread is None else spread.dtype
+    code = Case(n_clusters, n_probes, scores.dtype, of_spread)
+    added = "" if spread is None else f" + {backend.short(spread.dtype)}"
+    variant = f"select_probes({backend.short(scores.dtype)}{added}, C {n_clusters})"
+    threads = backend.largest_group(variant, largest(code), partial(_check, code))
+    if threads:
+        return _launch(scores, n_probes, spread, threads)
     return _reference(scores, n_probes, spread)
+
+
+class Case(NamedTuple):
+    """Inputs of a launch: how many clusters and probes, the dtypes of scores and
+    spread, and the batch size."""
+
+    C: int
+    p: int
+    dtype: mx.Dtype = mx.float32
+    spread: mx.Dtype | None = None
+    B: int = 2
+
+
+# What tests, the doctor and the check on a GPU run. Edges of threads, stretches and
+# threadgroups; all and one of the clusters; every dtype.
+CASES = (
+    Case(1, 1, B=1),
+    Case(31, 31, mx.float16),
+    Case(33, 5, spread=mx.float32),
+    Case(300, 300, mx.bfloat16, B=3),
+    Case(2048, 1, mx.float16, mx.float16),
+    Case(2049, 128, mx.bfloat16, mx.float32, B=1),
+    Case(8192, 512, spread=mx.float32, B=1),
+    Case(9000, 562),
+    Case(16_384, 1024, mx.bfloat16, B=1),
+    Case(40_000, 2500, mx.bfloat16, mx.float32),
+)
+
+
+def largest(case: Case) -> int:
+    """Threads per threadgroup, if so many fit."""
+    return LARGE_GROUP if case.C > 2048 else SMALL_GROUP
+
+
+def inputs(case: Case) -> tuple[mx.array, mx.array | None]:
+    """Scores and spread of a case, with ties, both zeros, infinities and NaN."""
+    scores = ((mx.arange(case.B * case.C) * 37) % 101).reshape(case.B, case.C)
+    scores = scores.astype(case.dtype) / 8 - 6
+    if case.C > 32:
+        for value, at in (
+            (-0.0, slice(1, None, 13)),
+            (mx.inf, slice(2, None, 97)),
+            (-mx.inf, slice(None, None, 7)),
+            (mx.nan, slice(3, None, 11)),
+        ):
+            scores[-1, at] = value
+    spread = None
+    if case.spread is not None:
+        spread = (((mx.arange(case.C) * 13) % 17) / 4).astype(case.spread)
+    return scores, spread
+
+
+def check(case: Case, threads: int) -> None:
+    """Raise unless the kernel matches its reference in this case."""
+    scores, spread = inputs(case)
+    got = _launch(scores, case.p, spread, threads)
+    backend.expect_close("select_probes", got, _reference(scores, case.p, spread))
+
+
+def _check(code: Case, threads: int) -> None:
+    """The cases of one piece of code: one cluster, some, and all."""
+    for p in sorted({1, -(-code.C // 16), code.C}):
+        check(code._replace(p=p), threads)
 
 
 def _reference(scores: mx.array, n_probes: int, spread: mx.array | None) -> mx.array:
@@ -176,26 +245,14 @@ def _sizes(n_probes: int) -> mx.array:
     return mx.array([n_probes], dtype=mx.uint32)
 
 
-def _launch(scores: mx.array, n_probes: int, spread: mx.array | None) -> mx.array:
+def _launch(
+    scores: mx.array, n_probes: int, spread: mx.array | None, threads: int
+) -> mx.array:
     B, C = scores.shape
-    threads = LARGE_GROUP if C > 2048 else 256
     return _kernel(
         [scores, scores if spread is None else spread, _sizes(n_probes)],
-        template=[("C", C), ("THREADS", threads), ("SPREAD", spread is not None)],
+        template=[("C", C), ("SPREAD", spread is not None)],
         groups=(1, B),
         threads=threads,
         outputs=[((B, n_probes), mx.uint32)],
     )[0]
-
-
-def _check(C: int, dtype: mx.Dtype, spread_dtype: mx.Dtype | None = None) -> None:
-    scores = ((mx.arange(2 * C) * 37) % 101).reshape(2, C).astype(dtype) / 8 - 6
-    scores[1, ::7] = -mx.inf
-    scores[1, 3::11] = mx.nan
-    spread = None
-    if spread_dtype is not None:
-        spread = (((mx.arange(C) * 13) % 17) / 4).astype(spread_dtype)
-    for p in {1, -(-C // 16), C}:
-        backend.expect_close(
-            "select_probes", _launch(scores, p, spread), _reference(scores, p, spread)
-        )

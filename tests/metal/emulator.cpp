@@ -9,8 +9,9 @@
 // byte of threadgroup memory between barriers if one of them writes.
 //
 // usage: kernel JOB RESULT SCHEDULE...
-// JOB: grid (3), threads per threadgroup (3), buffers (1), then for each the role (0
-// input, 1 output) and the size, all as 64-bit integers; then the inputs' bytes.
+// JOB: grid (3), threads per threadgroup (3), whether subnormal numbers are zero, as on
+// some devices (1), buffers (1), then for each the role (0 input, 1 output) and the
+// size, all as 64-bit integers; then the inputs' bytes.
 // RESULT receives the outputs' bytes, which must be the same under all schedules.
 
 #include <algorithm>
@@ -264,6 +265,21 @@ void run_group() {
 
 // ---- memory ------------------------------------------------------------------------
 
+// From now on this process reads subnormal numbers as zero and writes zero for them.
+void flush_subnormals() {
+#if defined(__x86_64__)
+  unsigned control;
+  asm volatile("stmxcsr %0" : "=m"(control));
+  control |= 0x8040;
+  asm volatile("ldmxcsr %0" : : "m"(control));
+#else
+  uint64_t control;
+  asm volatile("mrs %0, fpcr" : "=r"(control));
+  control |= 1 << 24;
+  asm volatile("msr fpcr, %0" : : "r"(control));
+#endif
+}
+
 unsigned global_thread() { return unsigned(group_number * 4096 + current + 1); }
 
 bool ordered(const Access& before) {
@@ -430,9 +446,11 @@ int main(int argc, char** argv) {
   auto read = [&](void* to, size_t size) {
     if (size && fread(to, 1, size, job) != size) fail("the job file is too short");
   };
-  uint64_t n_buffers;
+  uint64_t n_buffers, flush;
   read(grid, sizeof(grid));
   read(group_size, sizeof(group_size));
+  read(&flush, sizeof(flush));
+  if (flush) flush_subnormals();
   read(&n_buffers, sizeof(n_buffers));
   buffers.resize(n_buffers);
   std::vector<std::vector<char>> inputs(n_buffers);

@@ -130,7 +130,7 @@ def _runtime(compiler: Compiler) -> Path:
         program = path.with_name("trial")
         _execute([*compiler.command, *flags, str(trial), str(path), "-o", str(program)])
         job, result = path.with_name("job"), path.with_name("result")
-        job.write_bytes(struct.pack("<7q", 64, 1, 1, 64, 1, 1, 0))
+        job.write_bytes(struct.pack("<8q", 64, 1, 1, 64, 1, 1, 0, 0))
         _execute([str(program), str(job), str(result), *SCHEDULES])
 
     return _cached(key, ".o", make)
@@ -139,8 +139,7 @@ def _runtime(compiler: Compiler) -> Path:
 def capture(kernel, inputs, template, groups, threads, outputs) -> str:
     """The text of a kernel as MLX generates it for this launch."""
     call = partial(
-        kernel.metal,
-        template=list(template),
+        kernel.metal(template, threads, bounded=True),
         grid=(groups[0] * threads, groups[1], 1),
         threadgroup=(threads, 1, 1),
         output_shapes=[shape for shape, _ in outputs],
@@ -272,8 +271,19 @@ def _bytes(array: mx.array) -> bytes:
     return np.array(array).tobytes()
 
 
-def run(text, inputs, groups, threads, outputs, schedules=SCHEDULES) -> list[mx.array]:
+def run(
+    text,
+    inputs,
+    groups,
+    threads,
+    outputs,
+    schedules=SCHEDULES,
+    flush_subnormals=False,
+) -> list[mx.array]:
     """Execute the text; the outputs, which are the same under all schedules.
+
+    Args:
+        flush_subnormals: Whether subnormal numbers are zero.
 
     Raises:
         MetalError: On a divergent simd function or barrier, a data race, an access
@@ -299,7 +309,8 @@ def run(text, inputs, groups, threads, outputs, schedules=SCHEDULES) -> list[mx.
             previous = next(arrays)
             data.append(_bytes(previous))
     sizes = [int(np.prod(shape)) * dtype.size for shape, dtype in outputs]
-    header = [groups[0] * threads, groups[1], 1, threads, 1, 1, len(buffers)]
+    header = [groups[0] * threads, groups[1], 1, threads, 1, 1]
+    header += [int(flush_subnormals), len(buffers)]
     for chunk in data:
         header += [0, len(chunk)]
     for size in sizes:
@@ -317,10 +328,30 @@ def run(text, inputs, groups, threads, outputs, schedules=SCHEDULES) -> list[mx.
     return results
 
 
-def launch(
-    kernel, inputs, *, template, groups, threads, outputs, schedules=SCHEDULES
-) -> list[mx.array]:
-    """Takes the place of ``Kernel.__call__``: check, build and run."""
-    text = capture(kernel, inputs, template, groups, threads, outputs)
-    check(text)
-    return run(text, inputs, groups, threads, outputs, schedules)
+def device(max_threads=1024, flush_subnormals=False, schedules=SCHEDULES):
+    """A device: a function that takes the place of ``Kernel.__call__``. It checks,
+    builds and runs.
+
+    Args:
+        max_threads: How many threads of a threadgroup its registers are enough for.
+            With more it does what MLX does, which asks the compiled kernel.
+        flush_subnormals: Whether subnormal numbers are zero on it.
+        schedules: How threads take turns.
+    """
+
+    def launch(kernel, inputs, *, template, groups, threads, outputs):
+        text = capture(kernel, inputs, template, groups, threads, outputs)
+        check(text)
+        bound = re.search(r"max_total_threads_per_threadgroup\((\d+)\)", text)
+        allowed = min(max_threads, int(bound.group(1)) if bound else max_threads)
+        if threads > allowed:
+            raise ValueError(
+                f"Thread group size ({threads}) is greater than  the maximum allowed "
+                f"threads per threadgroup ({allowed})."
+            )
+        return run(text, inputs, groups, threads, outputs, schedules, flush_subnormals)
+
+    return launch
+
+
+launch = device()

@@ -21,6 +21,7 @@
 #endif
 #define constant __attribute__((address_space(2)))
 #define thread __attribute__((annotate("thread")))  // a keyword: no use as a name
+#define METAL_FUNC inline __attribute__((always_inline))
 
 typedef unsigned char uchar;
 typedef unsigned short ushort;
@@ -95,8 +96,9 @@ struct half {
     if (magnitude >= 0x7c00) {
       return as_type<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
     }
-    // Exact for normal and subnormal numbers alike.
-    float value = as_type<float>(magnitude << 13) * 0x1p112f;
+    // Its subnormal numbers are none in 32 bits.
+    float value = magnitude < 0x400 ? float(magnitude) * 0x1p-24f
+                                    : as_type<float>((magnitude << 13) + (112u << 23));
     return sign ? -value : value;
   }
 };
@@ -133,9 +135,23 @@ template <typename T>
 inline T min(T a, T b) { return b < a ? b : a; }
 template <typename T>
 inline T max(T a, T b) { return a < b ? b : a; }
-#define exp __builtin_expf  // no function: some libraries have a global one
-#define log __builtin_logf
-#define tanh __builtin_tanhf
+
+// Safe math leaves these to Apple's compiler, which may take approximations, so a
+// kernel has to say precise::exp. The last bits differ between back-ends all the same.
+#define EMU_PRECISE(NAME)                                             \
+  template <typename T>                                               \
+  T NAME(T) = delete;                                                 \
+  namespace precise {                                                 \
+  inline float NAME(float x) { return __builtin_##NAME##f(x); }       \
+  }
+EMU_PRECISE(exp)
+EMU_PRECISE(exp2)
+EMU_PRECISE(log)
+EMU_PRECISE(log2)
+EMU_PRECISE(tanh)
+EMU_PRECISE(sqrt)
+#undef EMU_PRECISE
+
 inline uint mulhi(uint a, uint b) { return uint(uint64_t(a) * b >> 32); }
 
 #define EMU_REDUCE(NAME, EXPRESSION)                           \
