@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..compute.device import for_device, on_gpu
@@ -28,6 +29,7 @@ from ..integration.locate import (
     set_module,
     watching,
 )
+from ..integration.patch import stock_loader
 from ..integration.samplers import read_sampler
 from ..integration.slots import FlashLinear, hidden_state
 from ..load import load
@@ -164,14 +166,16 @@ def heads(
     Raises:
         ValueError: The folder has no FlashHead, or its head cannot be quantized.
     """
-    model, tokenizer = load(folder, dense=True)
     # Lazily: only the head of this one is ever read.
-    loaded, _ = load(folder, lazy=True, exact=False, n_probes=n_probes)
+    loaded, tokenizer = load(folder, lazy=True, exact=False, n_probes=n_probes)
     flash = next(flash_heads(loaded), None)
     if flash is None:
         raise ValueError(
             f"--model {folder} has no FlashHead, or MLX_FLASHHEAD=0 switches it off"
         )
+    # The plain model: with dense=True it may have the FlashHead's own rows.
+    model, _ = stock_loader("load_model")(utils._download(str(folder)))
+    mx.eval(for_device(model).parameters())
     path = find_head(model)
     stored = get_module(model, path)
     tied = is_tied(model, path)

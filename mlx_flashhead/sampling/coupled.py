@@ -21,6 +21,7 @@ import mlx.core as mx
 from ..head import FlashHead, masses
 from ..kernels import filters, fixed_point
 from . import processing
+from .draw import known_transform
 from .settings import Bias, Processor, Settings
 from .steps import run
 
@@ -89,13 +90,9 @@ def _draft(
     context: mx.array | None = None,
 ) -> mx.array:
     """:func:`draft`, of arrays alone where there are no processors."""
-    assert head.transform is not None
     centroid_logits = head.centroid_logits(h)
     probes = head.select(centroid_logits)[0]
-    # As the dense head rounds: in the states' dtype, whose ties then agree.
-    logits = head.score(h, probes[None])[0]
-    logits = logits.astype(h.dtype).astype(mx.float32)
-    logits = mx.where(logits > -mx.inf, head.transform(logits), -mx.inf)
+    logits = _scored(head, h, probes)
     ids = head.token_ids[probes]
     if processors:
         logits = _processed(head, processors, context, h, probes, logits)
@@ -120,12 +117,19 @@ def _draft(
     )
     if settings.top_k == 0 and settings.min_p == 0:
         # The winner may be a cluster that was not probed: its rows are scored as well.
-        scored = head.score(h, cluster[None].astype(mx.uint32))[0]
-        scored = mx.where(scored > -mx.inf, head.transform(scored), -mx.inf)
+        scored = _scored(head, h, cluster.astype(mx.uint32))
         probed = (probes == cluster).any()
         rows = mx.where(probed, rows, scored / settings.temp)
     row = mx.argmax(rows[0] + noise.rows)
     return head.token_ids[cluster, row[None]]
+
+
+def _scored(head: FlashHead, h: mx.array, probes: mx.array) -> mx.array:
+    """The model's logits, float32 ``[p, m]``, of the rows of clusters ``[p]``."""
+    logits = head.score(h, probes[None])[0]
+    # As the dense head rounds, so that ties agree.
+    logits = logits.astype(head.product_dtype(h.dtype)).astype(mx.float32)
+    return mx.where(logits > -mx.inf, known_transform(head)(logits), -mx.inf)
 
 
 def draw(
