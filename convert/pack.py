@@ -24,6 +24,7 @@ def pack(
     group_size: int = 64,
     n_probes: int | None = None,
     transform: Transform | None = Transform(),
+    exact: Table | None = None,
 ) -> FlashHead:
     """The clustered head, what its scores lack still zero.
 
@@ -39,6 +40,7 @@ def pack(
         group_size: Weights per scale where they have 2 to 8 bits.
         n_probes: Clusters probed per step; by default a sixteenth of them.
         transform: What the model does to its logits; ``None`` if that is not known.
+        exact: The rows as they are to be stored, ``[V, D]``, whatever ``table`` is.
     """
     c, m = clustering.token_ids.shape
     # Padding repeats a row that exists; it is masked wherever logits are made.
@@ -50,8 +52,8 @@ def pack(
     same = table.bits == head_bits == 8 * table.weight.dtype.size or (
         table.quantized and (table.bits, table.group_size) == (head_bits, group_size)
     )
-    rows = table
-    if not same:
+    rows = table if exact is None else exact
+    if exact is None and not same:
         dense = mx.array(weight).astype(kinds.get(head_bits, _scales(dtype, weight)))
         rows = Table.from_dense(dense, head_bits, group_size)
     rows = rows.map(lambda a: a[index])

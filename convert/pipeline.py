@@ -68,7 +68,8 @@ class Report:
         path: The folder.
         vocab_size, hidden_size, n_clusters, cluster_size, n_probes: Sizes.
         head_bits, centroid_bits: Bits of the FlashHead's rows and centroids.
-        dense_bits: Bits of the dense head in the folder.
+        dense_bits: Bits of the rows that decide in exact decoding, and with the dense
+            head: the plain model's, or the FlashHead's own.
         dense_bytes: Head bytes that a decoded token reads with the dense head.
         flash_bytes: The same with the FlashHead, approximate.
         exact_bytes: The same in exact decoding, for each token that is kept.
@@ -167,10 +168,12 @@ def convert(
         quantize, q_bits, q_group_size, q_mode, dtype, revision, trust_remote_code:
             As in ``mlx_lm.convert``, but quantization is the body's only.
         head_bits: Bits of the head's rows: 16 or MLX's. Default: those of a head that
-            is quantized already, else 8.
+            is quantized already, else 8. Rows that a GGUF file has in Q8_0 are kept as
+            they are, unless 8 bits in groups of 32 are not what is asked for here.
         centroid_bits: Bits of the centroids.
         group_size: Weights per scale in rows and centroids. Default: the source's,
-            else 64, or 32 where the hidden size is no multiple of 64.
+            32 for a GGUF file whose head is in Q8_0, else 64, or 32 where the hidden
+            size is no multiple of 64.
         cluster_size: Tokens per cluster, m.
         n_probes: Clusters probed per token. Default: a sixteenth of them.
         calibration_data: Text, or JSON lines with a ``text`` field. Default: a small
@@ -229,7 +232,13 @@ def convert(
         transform = find_transform(model, path)
         module = get_module(model, path)
         table = head_table(module)
-        bits, group_size = _head_format(table, head_bits, centroid_bits, group_size)
+        rows = source.exact_rows()
+        weight_of = table if rows is None else rows
+        if quantize or head_bits not in (None, 8) or group_size not in (None, 32):
+            rows = None
+        bits, group_size = _head_format(
+            table if rows is None else rows, head_bits, centroid_bits, group_size
+        )
         check_space(result, _estimated_bytes(model, table))
         owner = None
         if clusters is not None:
@@ -239,7 +248,8 @@ def convert(
 
         _check_finite(table, path)
         states = _states(source, tokenizer, path, documents, progress)
-        weight = np.array(table.dequantize(mx.float32))
+        weight = np.array(weight_of.dequantize(mx.float32))
+        del weight_of
         bias = _bias(module)
         if quantize:
             model, config = _quantize_body(
@@ -262,12 +272,15 @@ def convert(
             stop_tokens=list(getattr(tokenizer, "eos_token_ids", [])),
             transform=transform,
             owner=owner,
+            exact=rows,
             progress=progress,
         )
         typical = states.typical(N_DRAFTS)
         with progress("Choosing the draft", n_blocks(head, len(typical))) as step:
-            # The user's own choice of bits, or else the model's rows, decide.
-            stored = head_bits is not None and head.rows.bits != table.bits
+            # Rows that are the source's own where the model's are rounded decide, or
+            # the user's own choice of bits, or else the model's rows.
+            chosen = head_bits is not None and head.rows.bits != table.bits
+            stored = rows is not None or chosen
             verifying = head.rows if stored else table
             draft = drafting.choose(
                 head,
@@ -301,7 +314,9 @@ def convert(
                 draft=draft,
             )
             exact = bytes_per_token(head, verifying.nbytes, draft)
-            report = _report(target, head, table, measured, draft, int(exact), start)
+            report = _report(
+                target, head, verifying, measured, draft, int(exact), start
+            )
             config.pop(CONFIG_KEY, None)
             utils.save(result, source.folder, model, tokenizer, config)
             for file in [*integrity.weight_files(result), result / layout.HEAD_FILE]:
@@ -349,6 +364,7 @@ def build_head(
     stop_tokens: Sequence[int] = (),
     transform: Transform | None = Transform(),
     owner: np.ndarray | None = None,
+    exact: Table | None = None,
     progress: Progress = silent,
 ) -> FlashHead:
     """Cluster, pack and calibrate a head.
@@ -364,6 +380,7 @@ def build_head(
         stop_tokens: Ids of the tokens that end a text.
         transform: What the model does to its logits; ``None`` if that is not known.
         owner: Cluster of each token, int64 ``[V]``, where that is given.
+        exact: The rows as they are to be stored, ``[V, D]``, whatever ``table`` is.
         progress: Shows the stages.
 
     Raises:
@@ -418,6 +435,7 @@ def build_head(
             group_size=group_size,
             n_probes=n_probes,
             transform=transform,
+            exact=exact,
         )
         mx.eval(head.parameters())
         step()
@@ -546,7 +564,7 @@ def _nbytes(model: nn.Module) -> int:
 def _report(
     target: Path,
     head: FlashHead,
-    table: Table,
+    verifying: Table,
     measured: Measured,
     draft: Draft,
     exact_bytes: int,
@@ -561,8 +579,8 @@ def _report(
         n_probes=head.n_probes,
         head_bits=head.rows.bits,
         centroid_bits=head.centroids.bits,
-        dense_bits=table.bits,
-        dense_bytes=table.nbytes,
+        dense_bits=verifying.bits,
+        dense_bytes=verifying.nbytes,
         flash_bytes=head.bytes_read(),
         exact_bytes=exact_bytes,
         draft_probes=draft.n_probes,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,9 +15,13 @@ from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
 from mlx_flashhead.compute.device import for_device, on_gpu
+from mlx_flashhead.compute.table import Table
 from mlx_flashhead.folder import integrity
 from mlx_flashhead.folder.format import HEAD_FILE
 from mlx_flashhead.folder.section import FormatError, has_section
+
+if TYPE_CHECKING:
+    from .gguf import GGUFModel
 
 
 class SourceError(ValueError):
@@ -32,11 +36,18 @@ class Source:
         folder: Where it is.
         name: How the user named it.
         trust_remote_code: Whether its own code may run.
+        gguf: The GGUF file that the folder was made from.
     """
 
     folder: Path
     name: str
     trust_remote_code: bool = False
+    gguf: GGUFModel | None = None
+
+    def exact_rows(self) -> Table | None:
+        """The head's rows ``[V, D]`` as a quantized table, where what they were read
+        from holds them in one that the folder had to round."""
+        return None if self.gguf is None else self.gguf.exact_head()
 
     def load(self, dtype: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
         """``(model, tokenizer, config)``, lazy, cast as ``mlx_lm.convert`` casts.
@@ -145,8 +156,9 @@ def open_gguf(
     from .gguf import read_gguf
 
     folder = workspace / "source"
-    read_gguf(path).write(folder, dtype=dtype or "bfloat16")
-    return Source(folder, path)
+    model = read_gguf(path)
+    model.write(folder, dtype=dtype or "bfloat16")
+    return Source(folder, path, gguf=model)
 
 
 def open_reference(name: str, workspace: Path) -> Source:

@@ -9,6 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_flashhead.compute.table import Table
+
 from .config import architecture, read_config
 from .errors import error
 from .plan import plan_weights
@@ -50,6 +52,15 @@ class GGUFModel:
         kind = weight_dtype(self.path, dtype)
         for weight in self._weights.plan:
             yield weight.name, self._weights.read(weight, kind)
+
+    def exact_head(self) -> Table | None:
+        """The rows ``[vocab_size, hidden_size]`` of the head, the embedding where they
+        are tied, as a quantized table with the very values of the file; ``None`` where
+        MLX has no such form for its quantization."""
+        tied = self.config["tie_word_embeddings"]
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        weights = {weight.name: weight for weight in self._weights.plan}
+        return self._weights.table(weights[name])
 
     def write(
         self,

@@ -9,9 +9,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_flashhead.compute.table import Table
+
 from .errors import DOWNLOAD_AGAIN, error, quote
 from .plan import Weight
-from .quantization import floats
+from .quantization import floats, table
 from .reader import GGUFFile
 
 # Elements dequantized at a time: large enough to be quick, small in memory.
@@ -53,6 +55,14 @@ class Weights:
         whole = whole.reshape(weight.shape)
         mx.eval(whole)
         return whole
+
+    def table(self, weight: Weight) -> Table | None:
+        """One weight as a quantized table of the very same values, where MLX has one
+        for what the file has."""
+        source = weight.source
+        if source is None or weight.heads or weight.shift or self._scale(source) != 1:
+            return None
+        return table(self.file.raw(source), self.file.tensors[source].kind)
 
     def _chunks(self, weight: Weight, source: str) -> Iterator[np.ndarray]:
         """A few dequantized rows at a time, in Hugging Face's order."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..compute.device import for_device, on_gpu
@@ -29,6 +30,7 @@ from ..integration.locate import (
     set_module,
     watching,
 )
+from ..integration.patch import stock_loader
 from ..integration.samplers import read_sampler
 from ..integration.slots import FlashLinear, hidden_state
 from ..load import load
@@ -174,25 +176,27 @@ def heads(
     Raises:
         ValueError: The folder has no FlashHead, or its head cannot be quantized.
     """
-    model, tokenizer = load(folder, dense=True)
     kinds = list(kinds)
     # Lazily: only the heads of these are ever read.
-    slots = {
-        kind: slot_of(
-            load(
-                folder,
-                lazy=True,
-                exact=kind == "exact",
-                n_probes=n_probes,
-                verify_every=verify_every,
-            )[0]
+    loaded = {
+        kind: load(
+            folder,
+            lazy=True,
+            exact=kind == "exact",
+            n_probes=n_probes,
+            verify_every=verify_every,
         )
-        for kind in {"flash", *kinds} & {"flash", "exact"}
+        for kind in sorted({"flash", *kinds} & {"flash", "exact"})
     }
+    slots = {kind: slot_of(flash) for kind, (flash, _) in loaded.items()}
+    tokenizer = loaded["flash"][1]
     if slots["flash"] is None:
         raise ValueError(
             f"--model {folder} has no FlashHead, or MLX_FLASHHEAD=0 switches it off"
         )
+    # The plain model: with dense=True it may have the FlashHead's own rows.
+    model, _ = stock_loader("load_model")(utils._download(str(folder)))
+    mx.eval(for_device(model).parameters())
     path = find_head(model)
     transform = slots["flash"].head.transform
     stored = get_module(model, path)

@@ -135,9 +135,10 @@ class Table(nn.Module):
             dtype=dtype,
         )
 
-    def take(self, index: mx.array) -> mx.array:
-        """Rows ``[*index.shape, D]`` of a table ``[n, D]``."""
-        return self.map(lambda a: a[index]).dequantize()
+    def take(self, index: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+        """Rows ``[*index.shape, D]`` of a table ``[n, D]``, as :meth:`dequantize` gives
+        them."""
+        return self.map(lambda a: a[index]).dequantize(dtype)
 
     def matmul(self, x: mx.array) -> mx.array:
         """``x [..., D]`` times every row of a table ``[n, D]``: ``[..., n]``."""

@@ -10,7 +10,7 @@ import inspect
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,13 @@ class Reference:
         name: Where it came from.
         table: Its rows ``[V, D]`` in vocabulary order, as they are stored there.
         bias: float32 ``[V]``.
+        exact: The same rows where ``table`` had to round them.
     """
 
     name: str
     table: Table
     bias: np.ndarray | None = None
+    exact: Table | None = None
 
     @classmethod
     def of(cls, name: str, model: nn.Module, path: str) -> Reference:
@@ -123,7 +125,8 @@ def read_reference(name: str, head: FlashHead) -> Reference:
     from ..convert.source import open_reference
 
     with tempfile.TemporaryDirectory(prefix="mlx-flashhead-") as workspace:
-        model, _, _ = open_reference(name, Path(workspace)).load(None)
+        source = open_reference(name, Path(workspace))
+        model, _, _ = source.load(None)
         path = find_head(model)
         table = head_table(get_module(model, path))
         other = table.weight.shape[0], table.hidden_size
@@ -138,7 +141,8 @@ def read_reference(name: str, head: FlashHead) -> Reference:
                 f"--reference {name}: its head is quantized ({table.bits} bits); name "
                 "an unquantized model"
             )
-        return Reference.of(name, model, path)
+        reference = Reference.of(name, model, path)
+        return replace(reference, exact=source.exact_rows())
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ class Comparison:
             bias = None if reference.bias is None else reference.bias[self._order]
             return Logits(head, table.map(lambda a: a[order]), bias)
 
-        self._reference = logits(reference.table)
+        self._reference = logits(reference.exact or reference.table)
         self._dense: dict[str, Logits] = {}
         self._flash: dict[str, int] = {}
         self.heads: list[Head] = []

@@ -133,7 +133,7 @@ def load_head(
     if not file.is_file():
         raise FormatError(
             f"{file} is missing (mlx-lm's own commands do not copy it); convert this "
-            "folder, or load it with the dense head (dense=True, --dense)"
+            "folder, or load it with the dense head (MLX_FLASHHEAD=0)"
         )
     try:
         tensors = cast(dict[str, mx.array], mx.load(str(file)))

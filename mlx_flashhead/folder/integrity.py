@@ -47,7 +47,7 @@ _DTYPES = {
 }  # fmt: skip
 # Under these names, configs say for how many layers a model is to be built.
 _LAYER_COUNTS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_blocks"}
-_DENSE = "or load it with the dense head (dense=True, --dense)"
+_DENSE = "or load it with the dense head (MLX_FLASHHEAD=0)"
 
 
 def weight_files(folder: Path) -> list[Path]:

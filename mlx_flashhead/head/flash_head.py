@@ -240,6 +240,11 @@ class FlashHead(nn.Module):
             y = y + self.bias.reshape(-1)
         return y[..., : self.vocab_size] if self.padding else y
 
+    def product_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
+        """Dtype that :meth:`clustered` rounds logits to for states of a dtype: it holds
+        both theirs and the rows'."""
+        return mx.result_type(dtype, self.rows.dtype)
+
     def retrieve(self, x: mx.array) -> Retrieved:
         """Both stages for hidden states ``x [B, D]``."""
         centroid_logits = self.centroid_logits(x)
@@ -320,10 +325,11 @@ class FlashHead(nn.Module):
         """Where each token's row stands in cluster order, uint32 ``[V]``."""
         return self._positions
 
-    def embed(self, ids: mx.array) -> mx.array:
-        """Rows ``[*ids.shape, D]`` of tokens, in the rows' dtype: the embeddings of a
-        tied model."""
-        return self.rows.flat.take(self._positions[ids])
+    def embed(self, ids: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+        """Rows ``[*ids.shape, D]`` of tokens, the embeddings of a tied model, in a
+        dtype or the rows' own. Packed rows are unpacked in that dtype, so only float32
+        is exact."""
+        return self.rows.flat.take(self._positions[ids], dtype)
 
 
 def default_n_probes(n_clusters: int) -> int:

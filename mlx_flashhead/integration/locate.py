@@ -200,9 +200,12 @@ def place(model: nn.Module, path: str, head: FlashHead) -> nn.Module:
     inner = get_module(model, path)
     module: nn.Module = FlashLinear(head)
     if isinstance(inner, FlashEmbedding):
-        module = FlashEmbedding(head, inner._dtype)
+        module = FlashEmbedding(head, inner._dtype, inner._unpack)
     elif isinstance(inner, _EMBEDDING):
-        module = FlashEmbedding(head, head_table(inner).dtype)
+        table = head_table(inner)
+        # Where mlx-lm has packed rows, embeddings are to be as it makes them.
+        unpack = None if table.quantized else mx.float32
+        module = FlashEmbedding(head, table.dtype, unpack)
     set_module(model, path, module)
     return model
 

@@ -78,12 +78,14 @@ class FlashLinear(nn.Module):
         return self.decoding == "exact"
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x."""
+        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x; where
+        decoding is dense or exact as MLX's product gives them, for exact decoding
+        chooses by these."""
         for head, answer in reversed(_interceptions.get()):
             if head is self.head:
                 return answer(x)
         if self.decoding != "approximate":
-            return self.head.dense(x).astype(x.dtype)
+            return self.head.dense(x)
         return self.head(x)
 
 
@@ -94,19 +96,27 @@ class FlashEmbedding(FlashLinear):
     Args:
         head (FlashHead): The head.
         dtype (mx.Dtype, optional): That of the embeddings; by default the rows'.
+        unpack (mx.Dtype, optional): The dtype that packed rows are unpacked in before:
+          float32 is exact, and without any it is that of their scales, as in mlx-lm.
     """
 
-    def __init__(self, head: FlashHead, dtype: mx.Dtype | None = None):
+    def __init__(
+        self,
+        head: FlashHead,
+        dtype: mx.Dtype | None = None,
+        unpack: mx.Dtype | None = None,
+    ):
         super().__init__(head)
-        self._dtype = dtype or head.rows.dtype
+        self._dtype, self._unpack = dtype or head.rows.dtype, unpack
 
     def _extra_repr(self) -> str:
         return f"{self.head.vocab_size}, {self.head.hidden_size}"
 
     def __call__(self, ids: mx.array) -> mx.array:
         """Embeddings ``[*ids.shape, D]`` of tokens."""
-        return self.head.embed(ids).astype(self._dtype)
+        return self.head.embed(ids, self._unpack).astype(self._dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
-        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x."""
+        """Logits ``[..., V]`` of hidden states ``x [..., D]``, as :class:`FlashLinear`
+        gives them."""
         return super().__call__(x)

@@ -109,7 +109,7 @@ def _draw(
         probes = mx.concatenate([probes, of_edited[None]], axis=1)
     exact = head.score(h, probes).reshape(len(h), -1)
     # As the dense head rounds, whose ties then agree.
-    rounding = mx.result_type(h.dtype, head.rows.dtype)
+    rounding = head.product_dtype(h.dtype)
     shaping = kernels.Shaping(rounding, transform.scale, transform.softcap)
     logits, rows = exact, head.kernel_rows(h)
 

@@ -52,7 +52,7 @@ def apply(
 def logits_of(head: FlashHead, h: mx.array, ids: mx.array) -> mx.array:
     """The head's exact logits, float32 ``[B, n]``, of tokens ``ids [n]`` for ``h [B,
     D]``."""
-    logits = h.astype(mx.float32) @ head.embed(ids).astype(mx.float32).T
+    logits = h.astype(mx.float32) @ head.embed(ids, mx.float32).T
     if "bias" in head:
         logits = logits + head.bias.reshape(-1)[head.positions[ids]]
     return logits
