@@ -252,6 +252,38 @@ def test_unknown_samplers_and_processors_get_the_dense_heads_numbers(folder):
     assert calls[: len(wanted)] == wanted_calls[: len(wanted)]
 
 
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_prompts_in_pieces(untied_folder, size):
+    """A piece of one token is no step: nothing is drawn after it."""
+    prompt = mx.array([2, 5, 7, 9])
+
+    def run(model, tokenizer):
+        generate_step = importlib.import_module("mlx_lm.generate").generate_step
+        contexts = []
+
+        def processor(so_far, logits):
+            contexts.append(so_far.tolist())
+            return logits
+
+        mx.random.seed(5)
+        steps = generate_step(
+            prompt,
+            model,
+            max_tokens=12,
+            prefill_step_size=size,
+            sampler=lambda logprobs: mx.random.categorical(logprobs),
+            logits_processors=[processor],
+        )
+        return list(steps), contexts[:12]
+
+    wanted, wanted_contexts = run(*stock(untied_folder))
+    patch_decoding()
+    got, contexts = run(*drafting(untied_folder))
+    assert contexts == wanted_contexts
+    for (token, row), (wanted_token, wanted_row) in zip(got, wanted, strict=True):
+        assert token == wanted_token and mx.allclose(row, wanted_row, atol=1e-4)
+
+
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_the_number_of_tokens_is_kept(untied_folder, n):
     assert len(tokens(*drafting(untied_folder), n=n)) == n

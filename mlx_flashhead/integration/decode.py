@@ -221,7 +221,7 @@ def exact_generate_step(
         return
     processors = kwargs.get("logits_processors") or []
     decoder = ExactDecoder(slot, model, kwargs.get("sampler"), processors)
-    stand_in = _ExactStandIn(decoder, model, kwargs)
+    stand_in = _ExactStandIn(decoder, model, len(prompt), kwargs)
     kwargs.update(sampler=stand_in.sampler, logits_processors=None)
     steps = stock(prompt, stand_in, *args, **kwargs)
     try:
@@ -239,14 +239,22 @@ class _ExactStandIn:
     Args:
         decoder: Finds them.
         model: The model.
+        prompt_length: Tokens of the prompt.
         options: What ``generate_step`` was called with.
     """
 
     def __init__(
-        self, decoder: ExactDecoder, model: nn.Module, options: dict[str, Any]
+        self,
+        decoder: ExactDecoder,
+        model: nn.Module,
+        prompt_length: int,
+        options: dict[str, Any],
     ):
         self._decoder = decoder
         self._model = model
+        # The prompt's last token is the first step; the others come in pieces, which
+        # may be of one token, too, and mlx-lm asks for nothing after them.
+        self._before = prompt_length - 1
         self.verified: deque[Verified] = deque()
         # mlx-lm takes one step more than it yields tokens.
         n = options.get("max_tokens", 256)
@@ -263,7 +271,8 @@ class _ExactStandIn:
         decoder = self._decoder
         if decoder.processors and inputs.size:
             self._context = [mx.concatenate([*self._context, inputs[0]])]
-        if inputs.shape[1] != 1:
+        if self._before > 0:
+            self._before -= inputs.shape[1]
             return self._model(inputs, **kwargs)
         context = self._context[0] if self._context else mx.zeros((0,), mx.uint32)
         cache = kwargs.get("cache")

@@ -38,6 +38,22 @@ class Drawn(NamedTuple):
     certain: mx.array
 
 
+class Kept(NamedTuple):
+    """What is left to draw from at k positions.
+
+    Attributes:
+        clusters: Which, ``[k, n]``; ``None`` for all of them.
+        masses: Their log-masses at the temperature, float32 ``[k, n]``.
+        logits: Their rows' logits, float32 ``[k, n, m]``; ``-inf`` for what is dropped.
+        certain: As in :class:`Drawn`.
+    """
+
+    clusters: mx.array | None
+    masses: mx.array
+    logits: mx.array
+    certain: mx.array
+
+
 def draw(
     head: FlashHead,
     settings: Settings,
@@ -65,59 +81,86 @@ def _draw(
     keys: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """:func:`draw`, of arrays alone."""
-    k = len(logits)
-    certain = mx.ones(k, mx.bool_)
     if settings.greedy:
         if logits.dtype != mx.float32:
             # mlx-lm chooses among log-probabilities in these bits, ties included.
             logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         ids = head.token_ids.reshape(-1)[: head.vocab_size]
-        return kernels.lowest(logits, ids), certain
+        return kernels.lowest(logits, ids), mx.ones(len(logits), mx.bool_)
+    noise = kernels.Noise.make(head.n_clusters, head.cluster_size, keys)
+    kept = keep(head, settings, logits, noise.coins, n_filtered)
+    return choose(head, settings, kept, noise), kept.certain
+
+
+def keep(
+    head: FlashHead,
+    settings: Settings,
+    logits: mx.array,
+    coins: mx.array,
+    n_filtered: int = N_FILTERED,
+) -> Kept:
+    """What k positions are drawn from: all that the filters leave.
+
+    Args:
+        head: The head.
+        settings: How to draw; not greedy.
+        logits: All the model's logits of each position, in cluster order, ``[k, V]``.
+        coins: Uniform numbers ``[k]``, by which XTC drops or does not.
+        n_filtered: Clusters that filters look at.
+    """
+    k = len(logits)
+    certain = mx.ones(k, mx.bool_)
     whole = logits.astype(mx.float32)
     if head.padding:
         padding = mx.full((k, head.padding), -mx.inf)
         whole = mx.concatenate([whole, padding], axis=-1)
     clustered = whole.reshape(k, head.n_clusters, head.cluster_size)
-    noise, of_rows, coins = kernels.Noise.make(head.n_clusters, head.cluster_size, keys)
     rules = rules_of(settings)
     if rules is None:
-        chosen = mx.broadcast_to(mx.arange(head.n_clusters), noise.shape)
         every = mx.logsumexp(clustered / settings.temp, axis=-1)
-    else:
-        best = clustered.max(axis=-1)
-        n = min(n_filtered, head.n_clusters)
-        chosen = mx.argpartition(-best, kth=n - 1, axis=-1)[:, :n]
-        outside = mx.put_along_axis(best, chosen, mx.array(-mx.inf), axis=-1)
-        outside = outside.max(axis=-1)
-        log_z = mx.logsumexp(whole, axis=-1)
-        before = mx.take_along_axis(clustered, chosen[..., None], axis=1)
-        inside = mx.logsumexp(before.reshape(k, -1), axis=-1)
-        rest = log_z + mx.log(1 - mx.exp(mx.minimum(inside - log_z, 0)))
-        ids = head.token_ids[chosen]
-        filtered, _ = _filter(settings, rules, before, ids, coins, rest)
-        every = mx.logsumexp(filtered / settings.temp, axis=-1)
-        if settings.cuts:
-            # Filters keep the likeliest. Where they have dropped one that is as likely
-            # as any outside, all outside are dropped, too.
-            kept = filtered > -mx.inf
-            lowest = mx.where(kept, before, mx.inf).min(axis=(1, 2))
-            below = (before < lowest[:, None, None]) & ~kept
-            dropped = mx.where(below, before, -mx.inf).max(axis=(1, 2))
-            certain = (dropped >= outside) | (outside == -mx.inf)
-            noise = mx.take_along_axis(noise, chosen, axis=-1)
-        else:
-            # XTC alone drops nothing outside, if nothing there is above its threshold.
-            certain = outside - log_z <= math.log(max(settings.xtc_threshold, 1e-30))
-            whole_mass = mx.logsumexp(clustered / settings.temp, axis=-1)
-            every = mx.put_along_axis(whole_mass, chosen, every, axis=-1)
-            filtered = mx.put_along_axis(clustered, chosen[..., None], filtered, axis=1)
-            chosen = mx.broadcast_to(mx.arange(head.n_clusters), noise.shape)
-        clustered = filtered
-    at = mx.argmax(every + noise, axis=-1, keepdims=True)
-    rows = mx.take_along_axis(clustered, at[..., None], axis=1)[:, 0] / settings.temp
-    row = mx.argmax(rows + of_rows, axis=-1)
-    cluster = mx.take_along_axis(chosen, at, axis=-1)[:, 0]
-    return head.token_ids[cluster, row], certain
+        return Kept(None, every, clustered, certain)
+    best = clustered.max(axis=-1)
+    n = min(n_filtered, head.n_clusters)
+    chosen = mx.argpartition(-best, kth=n - 1, axis=-1)[:, :n]
+    outside = mx.put_along_axis(best, chosen, mx.array(-mx.inf), axis=-1)
+    outside = outside.max(axis=-1)
+    log_z = mx.logsumexp(whole, axis=-1)
+    before = mx.take_along_axis(clustered, chosen[..., None], axis=1)
+    inside = mx.logsumexp(before.reshape(k, -1), axis=-1)
+    rest = log_z + mx.log(1 - mx.exp(mx.minimum(inside - log_z, 0)))
+    ids = head.token_ids[chosen]
+    filtered, _ = _filter(settings, rules, before, ids, coins, rest)
+    every = mx.logsumexp(filtered / settings.temp, axis=-1)
+    if settings.cuts:
+        # Filters keep the likeliest. Where they have dropped one that is as likely
+        # as any outside, all outside are dropped, too.
+        kept = filtered > -mx.inf
+        lowest = mx.where(kept, before, mx.inf).min(axis=(1, 2))
+        below = (before < lowest[:, None, None]) & ~kept
+        dropped = mx.where(below, before, -mx.inf).max(axis=(1, 2))
+        certain = (dropped >= outside) | (outside == -mx.inf)
+        return Kept(chosen, every, filtered, certain)
+    # XTC alone drops nothing outside, if nothing there is above its threshold.
+    certain = outside - log_z <= math.log(max(settings.xtc_threshold, 1e-30))
+    whole_mass = mx.logsumexp(clustered / settings.temp, axis=-1)
+    every = mx.put_along_axis(whole_mass, chosen, every, axis=-1)
+    clustered = mx.put_along_axis(clustered, chosen[..., None], filtered, axis=1)
+    return Kept(None, every, clustered, certain)
+
+
+def choose(
+    head: FlashHead, settings: Settings, kept: Kept, noise: kernels.Noise
+) -> mx.array:
+    """Tokens, uint32 ``[k]``, of what is kept and the noise of each position."""
+    numbers = noise.clusters
+    if kept.clusters is not None:
+        numbers = mx.take_along_axis(numbers, kept.clusters, axis=-1)
+    at = mx.argmax(kept.masses + numbers, axis=-1, keepdims=True)
+    rows = mx.take_along_axis(kept.logits, at[..., None], axis=1)[:, 0]
+    row = mx.argmax(rows / settings.temp + noise.rows, axis=-1)
+    if kept.clusters is not None:
+        at = mx.take_along_axis(kept.clusters, at, axis=-1)
+    return head.token_ids[at[:, 0], row]
 
 
 def _filter(
