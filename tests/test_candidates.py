@@ -84,7 +84,7 @@ def filtered(head, x, settings: Settings) -> np.ndarray:
     )
     if settings.top_k > 0:
         at_temp = -np.inf
-    edges = reference.intervals(
+    chances = reference.chances(
         own,
         temperature=settings.temp,
         top_p=settings.nucleus,
@@ -95,7 +95,6 @@ def filtered(head, x, settings: Settings) -> np.ndarray:
         xtc_exempt=np.isin(probed, settings.xtc_special_tokens),
         tail=(at_temp, at_one),
     )
-    chances = np.diff(edges)
     wanted = np.where(np.isin(np.arange(head.vocab_size), probed), 0, heated)
     wanted *= chances[-1] / max(wanted.sum(), 1e-300)
     wanted[probed] = chances[:-1]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from metal import reference
 
 from mlx_flashhead import kernels
-from mlx_flashhead.kernels import backend, doctor, fixed_point
+from mlx_flashhead.kernels import backend, doctor, filters, fixed_point
 
 DTYPES = [mx.float16, mx.bfloat16, mx.float32]
 FLOATS = st.one_of(
@@ -82,17 +82,10 @@ def test_probe_logits(dtype, bits, group_size):
     args = case(dtype, bits, group_size)
     sizes = {"group_size": group_size, "bits": bits or 8, "n_rows": 18}
     want, bound = reference.logits(*args, group_size, bits, 18)
-    full = kernels.probe_logits_stats(*args, **sizes)
-    got = np.array(full.logits)
+    got = np.array(kernels.probe_logits(*args, **sizes))
     assert np.isneginf(got[0, -2:]).all() and np.isneginf(want[0, -2:]).all()
     finite = np.isfinite(want)
     assert (np.abs(got[finite] - want[finite]) <= bound[finite]).all()
-    assert mx.array_equal(full.logits, kernels.probe_logits(*args, **sizes))
-    blocks = got.reshape(2, 3, 4)
-    np.testing.assert_array_equal(np.array(full.block_max), blocks.max(-1))
-    np.testing.assert_array_equal(
-        np.array(full.block_argmax), blocks.argmax(-1) + np.arange(3) * 4
-    )
 
 
 def test_probe_logits_refuses():
@@ -112,79 +105,45 @@ def test_probe_logits_refuses():
             kernels.probe_logits(*args, **sizes)
 
 
-# ---- greedy and sample -------------------------------------------------------------
-
-
-def test_greedy():
-    values = mx.array([[1.0, mx.nan, 3.0, 3.0], [-mx.inf, mx.nan, -mx.inf, -mx.inf]])
-    assert kernels.greedy(values).tolist() == [2, 0]
-    probes = mx.array([[1, 3], [0, 2]], dtype=mx.uint32)
-    ids = mx.arange(8, dtype=mx.uint32).reshape(4, 2) * 10
-    got = kernels.greedy(values, probes=probes, token_ids=ids)
-    assert got.tolist() == [60, 0]
-    at = mx.array([[0, 0, 1, 0], [3, 0, 0, 0]], dtype=mx.uint32)
-    got = kernels.greedy(values, indices=at, probes=probes, token_ids=ids)
-    assert got.tolist() == [30, 50]
-    with pytest.raises(ValueError, match="together"):
-        kernels.greedy(values, probes=probes)
+# ---- the filters -------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=80)
 @given(
     row=st.lists(st.integers(-80, 80).map(lambda i: i / 8), min_size=1, max_size=60),
-    seed=st.integers(0, 2**32 - 1),
-    temperature=st.sampled_from([0.3, 0.8, 1.0, 2.0]),
     top_p=st.sampled_from([0.13, 0.5, 0.951, 1.0]),
     min_p=st.sampled_from([0.0, 0.033, 0.3]),
     top_k=st.sampled_from([0, 1, 7]),
     tail=st.one_of(st.none(), st.floats(-5, 12)),
 )
-def test_sample_inverts_the_distribution(row, seed, **options):
-    tail = options.pop("tail")
-    B = 2
-    key = mx.array([seed, 9], dtype=mx.uint32)
-    rest = None if tail is None else mx.full((B, 2), tail)
-    got = kernels.sample(mx.array([row] * B), key, tail=rest, **options)
-    edges = reference.intervals(
-        np.array(row), **options, tail=None if tail is None else (tail, tail)
+def test_filters(row, top_p, min_p, top_k, tail):
+    """Where a candidate, or the tail, ends within 1e-6 of top-p, either is right."""
+    values = mx.array([row, row[::-1]])
+    top = values.max(axis=-1, keepdims=True)
+    distance = fixed_point.levels_below(top, values, fixed_point.LOG2E)
+    behind = None if tail is None else top[:, 0] - tail
+    rules = filters.Rules(top_p, min_p, top_k=top_k)
+    got, got_tail = filters.keep(distance, rules, behind)
+    least, most = (
+        reference.kept(np.array(row), p, min_p, top_k=top_k, tail=tail)
+        for p in ((top_p - 1e-6, top_p + 1e-6) if top_p < 1 else (1.0, 1.0))
     )
-    for b, chosen in enumerate(got.tolist()):
-        u = reference.uniform((seed, 9), b, B)
-        assert edges[chosen] - 1e-6 <= u <= edges[chosen + 1] + 1e-6
+    for found in (np.array(got[0]), np.array(got[1])[::-1]):
+        assert (least[0] <= found).all() and (found <= most[0]).all()
+    for found in got_tail.tolist():
+        assert least[1] <= found <= most[1]
 
 
-def test_sample_draws_from_the_softmax():
-    logits = mx.random.normal((1, 50), key=mx.random.key(1)) * 2
-    n = 4000
-    got = kernels.sample(mx.repeat(logits, n, 0), mx.random.key(2), temperature=1.3)
-    want = np.array(mx.softmax(logits[0] / 1.3))
-    counts = np.bincount(np.array(got), minlength=50)
-    chi2 = ((counts - n * want) ** 2 / (n * want)).sum()
-    assert chi2 < 100  # 49 degrees of freedom: p about 2e-5
+# ---- draft -------------------------------------------------------------------------
 
 
-def test_sample_refuses():
-    logits, key = mx.zeros((1, 4)), mx.random.key(0)
-    for options in (
-        {"temperature": 0},
-        {"top_p": 0},
-        {"top_p": 1.5},
-        {"min_p": -1},
-        {"top_k": -1},
-        {"tail": mx.zeros((1,))},
-    ):
-        with pytest.raises(ValueError):
-            kernels.sample(logits, key, **options)
-    with pytest.raises(ValueError, match="key"):
-        kernels.sample(logits, mx.zeros(2), temperature=1.0)
-
-
-def test_random_words_are_those_of_mlx():
-    for n in (1, 2, 5):
-        words = np.array(mx.random.split(mx.array([7, 8], dtype=mx.uint32), n))
-        u = (words[:, 0] * 2.0**32 + words[:, 1]) / 2**64
-        want = [reference.uniform((7, 8), b, n) for b in range(n)]
-        np.testing.assert_array_equal(u, want)
+def test_draft_greedy():
+    """Of equals the lowest id; NaN never wins."""
+    values = mx.array([[1.0, mx.nan, 3.0, 3.0], [-mx.inf, mx.nan, -mx.inf, -5.0]])
+    probes = mx.array([[1, 3], [0, 2]], dtype=mx.uint32)
+    ids = mx.array([[0, 10], [20, 30], [40, 50], [70, 60]], dtype=mx.uint32)
+    got = kernels.draft_greedy(values, probes, ids, kernels.Shaping())
+    assert got.tolist() == [60, 50]
 
 
 def test_exp2_is_accurate():

@@ -107,8 +107,8 @@ def test_sampled(case):
 
     def exact(clusters):
         y = probe_reference(
-            *(False, x, weight, s, o, clusters, group_size, bits or 8, n_rows, True)
-        )[0]
+            *(x, weight, s, o, clusters, group_size, bits or 8, n_rows, True)
+        )
         return y.reshape(b, -1, m)
 
     logits = exact(probes).reshape(b, -1)

@@ -9,6 +9,10 @@ from metal import emulator
 
 from mlx_flashhead.kernels import backend
 
+select_probes, draft = (
+    importlib.import_module(f"mlx_flashhead.kernels.{name}")
+    for name in ("select_probes", "draft")
+)
 X = mx.arange(64, dtype=mx.float32)
 
 
@@ -208,19 +212,23 @@ def test_a_wrong_kernel_is_caught(what):
         launch(source, inputs, names, header)
 
 
+NUCLEUS = draft.Law(0.7, draft.filters.Rules(top_p=0.9))
+
+
 # Barriers that could go would be found out here, too.
-@pytest.mark.parametrize("kernel", ["select_probes", "greedy", "sample"])
-def test_every_barrier_of_the_kernels_matters(kernel, monkeypatch):
-    module = importlib.import_module(f"mlx_flashhead.kernels.{kernel}")
-    case = {
-        "select_probes": lambda: module.Case(70, 5),
-        "greedy": lambda: module.Case(120, indexed=True, m=3),
-        "sample": lambda: module.Case(70, mx.float32, True, True, True),
-    }[kernel]()
+@pytest.mark.parametrize(
+    "module, name, case",
+    [
+        (select_probes, "_kernel", select_probes.Case(70, 5)),
+        (draft, "_sampled", draft.Case(NUCLEUS, 5, 12, 33, 32, 0, 32)),
+    ],
+    ids=["select_probes", "draft_sampled"],
+)
+def test_every_barrier_of_the_kernels_matters(module, name, case, monkeypatch):
     monkeypatch.setattr(backend, "kind", lambda: "metal")
     monkeypatch.setattr(backend.Kernel, "__call__", emulator.launch)
     barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-    right = module._kernel
+    right = getattr(module, name)
     whole = right.header + "//split\n" + right.source
     pieces = whole.split(barrier)
     assert len(pieces) > 1
@@ -230,37 +238,42 @@ def test_every_barrier_of_the_kernels_matters(kernel, monkeypatch):
         )
         header, source = text.split("//split\n")
         wrong = backend.Kernel(right.name, right.inputs, right.outputs, source, header)
-        monkeypatch.setattr(module, "_kernel", wrong)
+        monkeypatch.setattr(module, name, wrong)
         with pytest.raises(emulator.MetalError, match="data race|before it is written"):
             module.check(case, 256)
 
 
+def best_of_three():
+    """The best of one row's three tokens, the second."""
+    probes, ids = mx.zeros((1, 1), mx.uint32), mx.array([[5, 6, 7]], mx.uint32)
+    values = mx.array([[1.0, 3.0, 2.0]])
+    return draft.draft_greedy(values, probes, ids, draft.Shaping()).tolist()
+
+
 def test_a_kernel_that_does_not_compile_gives_way_to_plain_mlx(monkeypatch):
     """As on a device: one warning, then plain MLX, and the state for the doctor."""
-    module = importlib.import_module("mlx_flashhead.kernels.greedy")
     broken = backend.Kernel(
-        "greedy", module._kernel.inputs, ["tokens"], "this is not Metal;"
+        "draft_greedy", draft._greedy.inputs, ["tokens"], "this is not Metal;"
     )
-    monkeypatch.setattr(module, "_kernel", broken)
+    monkeypatch.setattr(draft, "_greedy", broken)
     monkeypatch.setattr(backend, "kind", lambda: "metal")
     monkeypatch.setattr(backend, "states", {})
     monkeypatch.setattr(backend.Kernel, "__call__", emulator.launch)
-    values = mx.array([[1.0, 3.0, 2.0]])
-    with pytest.warns(RuntimeWarning, match="plain MLX replaces the kernel greedy"):
-        assert module.greedy(values).tolist() == [1]
-    assert module.greedy(values).tolist() == [1]
-    assert "error" in backend.states["greedy(float32, K to 4096)"].words
+    message = "plain MLX replaces the kernel draft_greedy"
+    with pytest.warns(RuntimeWarning, match=message):
+        assert best_of_three() == [6]
+    assert best_of_three() == [6]
+    (state,) = backend.states.values()
+    assert "error" in state.words
 
 
 def test_a_kernel_that_differs_gives_way_to_plain_mlx(monkeypatch):
-    module = importlib.import_module("mlx_flashhead.kernels.greedy")
-    source = module._kernel.source.replace("tokens[row] = ", "tokens[row] = 1 + ")
-    wrong = backend.Kernel(
-        "greedy", module._kernel.inputs, ["tokens"], source, module._kernel.header
-    )
-    monkeypatch.setattr(module, "_kernel", wrong)
+    right = draft._greedy
+    source = right.source.replace("tokens[row] = ", "tokens[row] = 1 + ")
+    wrong = backend.Kernel(right.name, right.inputs, ["tokens"], source, right.header)
+    monkeypatch.setattr(draft, "_greedy", wrong)
     monkeypatch.setattr(backend, "kind", lambda: "metal")
     monkeypatch.setattr(backend, "states", {})
     monkeypatch.setattr(backend.Kernel, "__call__", emulator.launch)
     with pytest.warns(RuntimeWarning, match="differs from the plain reference"):
-        assert module.greedy(mx.array([[1.0, 3.0, 2.0]])).tolist() == [1]
+        assert best_of_three() == [6]

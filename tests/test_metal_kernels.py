@@ -15,7 +15,7 @@ from metal import emulator, reference
 
 from mlx_flashhead.kernels import backend, doctor
 
-select_probes, probe_logits, greedy, sample, _ = KERNELS = [
+select_probes, probe_logits, draft = KERNELS = [
     importlib.import_module(f"mlx_flashhead.kernels.{name}") for name in doctor.KERNELS
 ]
 
@@ -80,17 +80,10 @@ def check_probe(case):
     probes, n_rows = probe_logits.probed(case)
     x, *rows = arrays
     bits = case.bits or 8 * case.dtype.size
-    found = probe_logits._launch(
-        case.stats, *arrays, probes, case.group_size, bits, n_rows, 64
-    )
+    found = probe_logits._launch(*arrays, probes, case.group_size, bits, n_rows, 64)
     want, bound = reference.logits(x, *rows, probes, case.group_size, case.bits, n_rows)
-    got = np.array(found[0])
+    got = np.array(found)
     assert got.dtype == np.float32
-    if case.stats:
-        blocks = got.reshape(case.B, case.p, case.m)
-        np.testing.assert_array_equal(np.array(found[1]), blocks.max(-1))
-        first = blocks.argmax(-1) + np.arange(case.p) * case.m
-        np.testing.assert_array_equal(np.array(found[2]), first)
     finite = np.isfinite(want)
     np.testing.assert_array_equal(got[~finite], want[~finite])
     assert (np.abs(got[finite] - want[finite]) <= bound[finite]).all()
@@ -107,69 +100,47 @@ def test_probe_logits(case):
     check_probe(case)
 
 
-def test_a_cluster_of_padding_never_wins():
+def test_padding_is_minus_infinity():
+    """Of a cluster that has some rows, and of one that has none."""
     weight = mx.ones((3, 4, 32))
     probes = mx.array([[0, 1, 2]], dtype=mx.uint32)
-    full = probe_logits.probe_logits_stats(
+    got = probe_logits.probe_logits(
         -mx.ones((1, 32)), weight, None, None, probes, n_rows=5
     )
-    assert full.block_max.tolist() == [[-32.0, -32.0, -mx.inf]]
-    assert full.block_argmax.tolist() == [[0, 4, 8]]
+    assert got.tolist() == [[-32.0] * 5 + [-mx.inf] * 7]
     assert all(state.threads == 64 for state in backend.states.values())
 
 
-# ---- greedy and sample -------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", cases(greedy))
-def test_greedy(case):
-    arrays = values, indices, probes, token_ids = greedy.inputs(case)
-    got = greedy._launch(*arrays, greedy.largest(case)).tolist()
-    assert got == greedy._reference(*arrays).tolist()
-    known = np.nan_to_num(reference.as_numpy(values), nan=-np.inf)
-    for b, best in enumerate(np.argmax(known, -1)):
-        want = int(best) if indices is None else indices[b, int(best)].item()
-        if probes is not None:
-            cluster = probes[b, want // case.m].item()
-            want = token_ids[cluster, want % case.m].item()
-        assert got[b] == want
-
-
-@pytest.mark.parametrize("case", cases(sample, lambda case: case.K > 10_000))
-def test_sample(case):
-    sample.check(case, sample.largest(case))
-    logits, tail = sample.inputs(case)
-    seed, settings = 5, sample.settings(case)
-    key = mx.array([seed, 77], dtype=mx.uint32)
-    rules = sample.filters.Rules(
-        **{name: v for name, v in settings.items() if name != "temperature"}
-    )
-    got = sample._launch(
-        logits, key, settings["temperature"], rules, tail, sample.largest(case)
-    )
-    for b, chosen in enumerate(got.tolist()):
-        edges = reference.intervals(
-            reference.as_numpy(logits[b]),
-            **settings,
-            tail=None if tail is None else tail[b].tolist(),
-        )
-        u = reference.uniform((seed, 77), b, case.B)
-        assert edges[chosen] - 1e-6 <= u <= edges[chosen + 1] + 1e-6
-
-
 # ---- trust, and other devices ------------------------------------------------------
+
+
+def drafted(law):
+    """A choice, or a draw, among so much that the kernel has its largest group."""
+    m, p, c, d = 8, 520, 600, 32
+    logits = mx.random.normal((2, p * m), key=mx.random.key(2))
+    probes = mx.broadcast_to(mx.arange(p, dtype=mx.uint32), (2, p))
+    ids = mx.arange(c * m, dtype=mx.uint32).reshape(c, m)
+    args = (logits, probes, ids, draft.Shaping())
+    if law is None:
+        return draft.draft_greedy(*args)
+    x, rows = mx.zeros((2, d)), mx.random.normal((c, m, d), key=mx.random.key(3))
+    tail = draft.Tail(
+        mx.zeros((2, c)),
+        mx.zeros((c,)),
+        mx.zeros((c,)),
+        lambda clusters: mx.zeros((2, 1, m)),
+        draft.Rows(x, rows, None, None, 32, 32, c * m),
+    )
+    keys = mx.random.split(mx.random.key(4), 2)
+    return draft.draft_sampled(*args, keys, law, tail)
 
 
 CALLS = {
     "select_probes": lambda: select_probes.select_probes(
         mx.random.normal((2, 2500), key=mx.random.key(1)), 99
     ),
-    "greedy": lambda: greedy.greedy(mx.random.normal((2, 5000), key=mx.random.key(2))),
-    "sample": lambda: sample.sample(
-        mx.random.normal((2, 2500), key=mx.random.key(3)),
-        mx.random.key(4),
-        top_p=0.9,
-    ),
+    "draft_greedy": lambda: drafted(None),
+    "draft_sampled": lambda: drafted(draft.Law(0.8, draft.filters.Rules(top_p=0.9))),
 }
 
 
@@ -193,12 +164,17 @@ def test_fewer_threads_where_registers_are_few(name, monkeypatch, recwarn):
 
 def test_plain_mlx_where_no_group_fits(monkeypatch):
     monkeypatch.setattr(backend.Kernel, "__call__", emulator.device(max_threads=128))
-    with pytest.warns(RuntimeWarning, match="plain MLX replaces the kernel greedy"):
-        got = CALLS["greedy"]()
+    with pytest.warns(
+        RuntimeWarning, match="plain MLX replaces the kernel draft_greedy"
+    ):
+        got = CALLS["draft_greedy"]()
     (state,) = backend.states.values()
     assert state.threads == 0
     monkeypatch.setattr(backend, "kind", lambda: "plain")
-    assert mx.array_equal(CALLS["greedy"](), got)
+    assert mx.array_equal(CALLS["draft_greedy"](), got)
+
+
+ALL_RULES = draft.Law(0.9, draft.filters.Rules(top_p=0.97, min_p=0.01, top_k=60))
 
 
 @pytest.mark.parametrize("threads", [512, 256])
@@ -206,8 +182,8 @@ def test_plain_mlx_where_no_group_fits(monkeypatch):
     "kernel, case",
     [
         (select_probes, select_probes.Case(2049, 128, mx.bfloat16, mx.float32)),
-        (greedy, greedy.Case(5001, mx.float16, True, 13)),
-        (sample, sample.Case(2500, mx.bfloat16, True, True, True)),
+        (draft, draft.Case(None, 13, 400, 500, rounding=mx.float16)),
+        (draft, draft.Case(ALL_RULES, 16, 20, 40, 96, 8, 32, mx.bfloat16)),
     ],
 )
 def test_the_number_of_threads_does_not_matter(kernel, case, threads):
@@ -218,8 +194,8 @@ def test_the_number_of_threads_does_not_matter(kernel, case, threads):
     "kernel, case",
     [
         (select_probes, select_probes.Case(300, 20, mx.float16, mx.float32)),
-        (greedy, greedy.Case(120, mx.float16, m=3)),
-        (sample, sample.Case(300, mx.float16, True, True, True)),
+        (draft, draft.Case(None, 3, 40, 50, rounding=mx.float16)),
+        (draft, draft.Case(ALL_RULES, 5, 12, 33, 32, 4, 32, mx.float16)),
     ],
 )
 def test_devices_without_subnormal_numbers(kernel, case, monkeypatch):
@@ -238,17 +214,19 @@ def test_logits_where_subnormal_numbers_are_zero(monkeypatch):
     x = mx.full((1, 32), 2.0**-20).astype(mx.float16)
     rows = mx.full((1, 4, 32), 2.0**-24).astype(mx.float16)
     probes = mx.array([[0]], dtype=mx.uint32)
-    got = probe_logits._launch(False, x, rows, None, None, probes, 32, 16, 4, 64)[0]
+    got = probe_logits._launch(x, rows, None, None, probes, 32, 16, 4, 64)
     assert got.tolist() == [[2.0**-39] * 4]
 
 
 def test_the_doctor_runs_every_case(monkeypatch):
     monkeypatch.setattr(backend.Kernel, "__call__", emulator.device(max_threads=512))
-    monkeypatch.setattr(doctor, "KERNELS", ("greedy",))
+    monkeypatch.setattr(doctor, "KERNELS", ("select_probes",))
+    cases = [case for case in select_probes.CASES if case.C < 10_000]
+    monkeypatch.setattr(select_probes, "CASES", cases)
     found = list(doctor.self_test().values())
-    assert len(found) == len(greedy.CASES)
-    for case, words in zip(greedy.CASES, found, strict=True):
-        assert words.startswith(f"ok, {min(greedy.largest(case), 512)} threads")
+    assert len(found) == len(cases)
+    for case, words in zip(cases, found, strict=True):
+        assert words.startswith(f"ok, {min(select_probes.largest(case), 512)} threads")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -260,19 +238,19 @@ def test_cases_have_names_of_their_own(kernel):
 def test_nothing_to_probe(B, p):
     x, weight, *_ = probe_logits.inputs(probe_logits.Case(mx.float32, 0, 32, 32, 4, B))
     probes = mx.zeros((B, p), dtype=mx.uint32)
-    full = probe_logits.probe_logits_stats(x, weight, None, None, probes)
-    assert full.logits.shape == (B, 4 * p)
-    assert full.block_max.shape == full.block_argmax.shape == (B, p)
-    assert full.block_argmax.dtype == mx.uint32
     assert probe_logits.probe_logits(x, weight, None, None, probes).shape == (B, 4 * p)
 
 
 def test_an_empty_batch():
-    scores, key = mx.zeros((0, 40)), mx.random.key(0)
+    scores = mx.zeros((0, 40))
     assert select_probes.select_probes(scores, 3).shape == (0, 3)
-    for got in (greedy.greedy(scores), sample.sample(scores, key, top_p=0.5)):
-        assert got.shape == (0,) and got.dtype == mx.uint32
     probes, ids = mx.zeros((0, 5), mx.uint32), mx.zeros((10, 8), mx.uint32)
-    assert greedy.greedy(scores, probes=probes, token_ids=ids).shape == (0,)
-    assert greedy.to_tokens(mx.zeros((0,), mx.uint32), probes, ids).shape == (0,)
+    args = (scores, probes, ids, draft.Shaping())
+    rows = draft.Rows(mx.zeros((0, 32)), mx.zeros((10, 8, 32)), None, None, 32, 32, 80)
+    none = mx.zeros((10,))
+    tail = draft.Tail(mx.zeros((0, 10)), none, none, lambda clusters: clusters, rows)
+    keys = mx.zeros((0, 2), mx.uint32)
+    drawn = draft.draft_sampled(*args, keys, draft.Law(0.8), tail)
+    for got in (draft.draft_greedy(*args), drawn):
+        assert got.shape == (0,) and got.dtype == mx.uint32
     assert not backend.states

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar, cast
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,8 +27,6 @@ from .transform import Transform
 # Added to the score of a cluster that is probed at every step. Finite, so that a
 # file never holds an infinity, and far above any score.
 ALWAYS = 1e30
-
-T = TypeVar("T")
 
 
 class Candidates(NamedTuple):
@@ -279,29 +277,24 @@ class FlashHead(nn.Module):
             x: Hidden states ``[B, D]``.
             probes: Clusters, uint32 ``[B, p]``.
         """
-        if self.rows.has_kernel(x.dtype):
-            y = self.probe(kernels.probe_logits, x, probes)
-            y = y.reshape(*probes.shape, self.cluster_size)
+        rows = self.rows
+        if rows.has_kernel(x.dtype):
+            y = kernels.probe_logits(
+                x,
+                *rows.arrays,
+                probes,
+                group_size=rows.group_size,
+                bits=rows.bits,
+                n_rows=self.vocab_size,
+            ).reshape(*probes.shape, self.cluster_size)
         else:
-            y = self.rows.gather_matmul(x, probes).astype(mx.float32)
+            y = rows.gather_matmul(x, probes).astype(mx.float32)
             if self.padding:
                 real = self.token_ids[probes] < self.vocab_size
                 y = mx.where(real, y, -mx.inf)
         if "bias" in self:
             y = y + self.bias[probes]
         return y
-
-    def probe(self, kernel: Callable[..., T], x: mx.array, probes: mx.array) -> T:
-        """``probe_logits`` or ``probe_logits_stats`` for the rows of this head."""
-        rows = self.rows
-        return kernel(
-            x,
-            *rows.arrays,
-            probes,
-            group_size=rows.group_size,
-            bits=rows.bits,
-            n_rows=self.vocab_size,
-        )
 
     def kernel_rows(self, x: mx.array) -> kernels.Rows | None:
         """Hidden states ``[B, D]`` and the rows, for kernels that score some of them;

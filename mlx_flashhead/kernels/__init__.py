@@ -7,27 +7,20 @@ once it has matched its plain reference on the device at hand (see ``backend``).
 
 from .backend import kind, plain
 from .draft import Law, Noise, Rows, Shaping, Tail, draft_greedy, draft_sampled, lowest
-from .greedy import greedy, to_tokens
-from .probe_logits import ProbeLogits, probe_logits, probe_logits_stats
-from .sample import sample
+from .probe_logits import probe_logits
 from .select_probes import select_probes
 
 __all__ = [
     "Law",
     "Noise",
-    "ProbeLogits",
     "Rows",
     "Shaping",
     "Tail",
     "draft_greedy",
     "draft_sampled",
-    "greedy",
     "kind",
     "lowest",
     "plain",
     "probe_logits",
-    "probe_logits_stats",
-    "sample",
     "select_probes",
-    "to_tokens",
 ]

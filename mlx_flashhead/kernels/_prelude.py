@@ -71,8 +71,6 @@ METAL_FUNC float tanh(float x) { return tanhf(x); }
 METAL_FUNC uint mulhi(uint a, uint b) { return __umulhi(a, b); }
 
 template <typename T>
-METAL_FUNC T simd_shuffle(T v, ushort i) { return __shfl_sync(~0u, v, i); }
-template <typename T>
 METAL_FUNC T simd_shuffle_up(T v, ushort d) { return __shfl_up_sync(~0u, v, d); }
 template <typename T>
 METAL_FUNC T simd_shuffle_xor(T v, ushort m) { return __shfl_xor_sync(~0u, v, m); }
@@ -160,17 +158,5 @@ METAL_FUNC void find_bin(
         bin_at[2] = 1;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-}
-"""
-
-# From a candidate's index to its token.
-TOKEN = """
-template <bool MAPPED, int CLUSTER_SIZE, typename P, typename I>
-METAL_FUNC uint candidate_token(P probes, I token_ids, size_t first, uint candidate) {
-    if (!MAPPED) {
-        return candidate;
-    }
-    size_t cluster = probes[first + candidate / CLUSTER_SIZE];
-    return token_ids[cluster * CLUSTER_SIZE + candidate % CLUSTER_SIZE];
 }
 """

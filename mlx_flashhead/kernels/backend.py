@@ -265,12 +265,6 @@ def attempt(most: int, check: Callable[[int], None]) -> State:
     return State(0, failures[0])
 
 
-@lru_cache
-def unused() -> mx.array:
-    """Stands for an input that a variant of a kernel does not read."""
-    return mx.zeros((1, 8), dtype=mx.uint32)
-
-
 def mlx_version() -> str:
     """Version of the installed MLX."""
     return str(mx.__version__)  # type: ignore[attr-defined]  # not in its stubs

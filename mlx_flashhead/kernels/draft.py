@@ -1,9 +1,11 @@
-"""The token that the dense head is expected to choose or draw, in one launch.
+"""The token among what was retrieved, chosen or drawn in one launch.
 
 Gumbel noise makes the draw (see :mod:`mlx_flashhead.sampling.coupled`, which has it in
 plain MLX for whatever the kernel does not do): among the log-masses of clusters, exact
-where probed and estimated elsewhere, then among the rows of the one that wins. A draft
-is verified, so unlike what decides, it may differ between back-ends by rounding.
+where probed and estimated elsewhere, then among the rows of the one that wins. The
+token is the draft of exact decoding and what approximate decoding gives. Filters cut by
+integers (fixed_point.py), but noise and the masses of what is not probed are floats, so
+back-ends may draw differently where two values are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -19,13 +21,47 @@ import numpy as np
 from . import backend, filters, fixed_point
 from ._prelude import BINS, LARGE_GROUP, SMALL_GROUP
 from .probe_logits import _HEADER as _ROWS
-from .probe_logits import probe_logits
-from .sample import _HEADER as _DRAWS
+from .probe_logits import _reference as _scores
 
 # Of a float32, the bits that a dtype does not have.
 _DROPPED = {mx.float32: 0, mx.float16: 13, mx.bfloat16: 16}
 
-_HEADER = """
+_HEADER = (
+    f"constexpr constant int COARSE = {filters.COARSE};\n"
+    + """
+// Inclusive sum over the lanes.
+METAL_FUNC ulong simd_scan(ulong v, uint simd_lid) {
+    for (ushort d = 1; d < 32; d *= 2) {
+        uint low = simd_shuffle_up(uint(v), d);
+        uint high = simd_shuffle_up(uint(v >> 32), d);
+        v += simd_lid >= d ? ulong(high) << 32 | low : 0;
+    }
+    return v;
+}
+
+// Word i of the size words of mx.random.bits with a key: Threefry 2x32 with 20 rounds
+// (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), which makes
+// two words at once, half of the size apart.
+METAL_FUNC uint random_word(uint key0, uint key1, uint i, uint size) {
+    uint n = (size + 1) / 2;
+    uint partner = i + n < size ? i + n : 0;
+    uint keys[3] = {key0, key1, key0 ^ key1 ^ 0x1bd11bdau};
+    const int rotations[8] = {13, 15, 26, 6, 17, 29, 16, 24};
+    uint a = (i < n ? i : i - n) + keys[0];
+    uint b = (i < n ? partner : i) + keys[1];
+    for (uint round = 0; round < 20; round++) {
+        int r = rotations[round % 8];
+        a += b;
+        b = (b << r | b >> (32 - r)) ^ a;
+        if (round % 4 == 3) {
+            uint block = round / 4 + 1;
+            a += keys[block % 3];
+            b += keys[(block + 1) % 3] + block;
+        }
+    }
+    return i < n ? a : b;
+}
+
 // To the nearest of fewer bits, ties to even.
 template <int DROPPED>
 METAL_FUNC float rounded(float x) {
@@ -61,6 +97,7 @@ METAL_FUNC float gumbel(uint key0, uint key1, uint i, uint size) {
     return -precise::log(-precise::log(u));
 }
 """
+)
 
 _CHOICE = """
 // The best value of a threadgroup and its place, the lowest of equals; every thread
@@ -68,28 +105,28 @@ _CHOICE = """
 template <int THREADS>
 METAL_FUNC void find_best(
     thread float& best, thread uint& at, threadgroup float* bests,
-    threadgroup uint* ats, uint lane, uint group) {
+    threadgroup uint* ats, uint simd_lid, uint simd_gid) {
     float top = simd_max(best);
     at = simd_min(best == top ? at : ~0u);
-    if (lane == 0) {
-        bests[group] = top;
-        ats[group] = at;
+    if (simd_lid == 0) {
+        bests[simd_gid] = top;
+        ats[simd_gid] = at;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    float mine = lane < THREADS / 32 ? bests[lane] : -INFINITY;
-    uint place = lane < THREADS / 32 ? ats[lane] : ~0u;
+    float mine = simd_lid < THREADS / 32 ? bests[simd_lid] : -INFINITY;
+    uint place = simd_lid < THREADS / 32 ? ats[simd_lid] : ~0u;
     best = simd_max(mine);
     at = simd_min(mine == best ? place : ~0u);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 """
 
-_HEADER_ALL = BINS + _DRAWS + _ROWS + _HEADER + _CHOICE
+_HEADER_ALL = fixed_point.METAL + BINS + _ROWS + _HEADER + _CHOICE
 
 _GREEDY = """
-    uint tid = thread_position_in_threadgroup.x;
-    uint lane = thread_index_in_simdgroup;
-    uint group = simdgroup_index_in_threadgroup;
+    uint lid = thread_position_in_threadgroup.x;
+    uint simd_lid = thread_index_in_simdgroup;
+    uint simd_gid = simdgroup_index_in_threadgroup;
     uint row = threadgroup_position_in_grid.y;
     uint n_probes = probes_shape[1];
     uint n = n_probes * M;
@@ -101,7 +138,7 @@ _GREEDY = """
     // NaN never compares, so it never wins.
     float best = -INFINITY;
     uint token = ~0u;
-    for (uint i = tid; i < n; i += THREADS) {
+    for (uint i = lid; i < n; i += THREADS) {
         float value = shaped<DROPPED, CAPPED>(
             logits, size_t(row) * n + i, scale, cap);
         if (value >= best) {
@@ -111,17 +148,17 @@ _GREEDY = """
             best = value;
         }
     }
-    find_best<THREADS>(best, token, bests, ats, lane, group);
-    if (tid == 0) {
+    find_best<THREADS>(best, token, bests, ats, simd_lid, simd_gid);
+    if (lid == 0) {
         tokens[row] = token;
     }
 """
 
 _SAMPLED = """
     constexpr int SIMDGROUPS = THREADS / 32;
-    uint tid = thread_position_in_threadgroup.x;
-    uint lane = thread_index_in_simdgroup;
-    uint group = simdgroup_index_in_threadgroup;
+    uint lid = thread_position_in_threadgroup.x;
+    uint simd_lid = thread_index_in_simdgroup;
+    uint simd_gid = simdgroup_index_in_threadgroup;
     uint row = threadgroup_position_in_grid.y;
     uint P = probes_shape[1];
     size_t base = size_t(row) * P * M;
@@ -141,44 +178,44 @@ _SAMPLED = """
     threadgroup uint words[4];
     threadgroup float scored[M];
 
-    if (tid < 4) {
-        words[tid] = random_word(keys[2 * row], keys[2 * row + 1], tid, 6);
+    if (lid < 4) {
+        words[lid] = random_word(keys[2 * row], keys[2 * row + 1], lid, 6);
     }
-    for (uint i = tid; i < (C + 31) / 32; i += THREADS) {
+    for (uint i = lid; i < (C + 31) / 32; i += THREADS) {
         atomic_store_explicit(&probed[i], 0u, memory_order_relaxed);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint q = tid; q < P; q += THREADS) {
+    for (uint q = lid; q < P; q += THREADS) {
         uint c = probes[size_t(row) * P + q];
         atomic_fetch_or_explicit(
             &probed[c / 32], 1u << (c % 32), memory_order_relaxed);
     }
     float top = -INFINITY;
-    for (uint i = tid; i < P * M; i += THREADS) {
+    for (uint i = lid; i < P * M; i += THREADS) {
         float value = shaped<DROPPED, CAPPED>(logits, base + i, scale, cap);
         top = value > top ? value : top;
     }
     top = simd_max(top);
-    if (lane == 0) {
-        bests[group] = top;
+    if (simd_lid == 0) {
+        bests[simd_gid] = top;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    top = simd_max(lane < SIMDGROUPS ? bests[lane] : -INFINITY);
+    top = simd_max(simd_lid < SIMDGROUPS ? bests[simd_lid] : -INFINITY);
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // How far from the top a candidate may be: min-p, then top-p and top-k.
     bool tail_kept = TAIL && limit == ~0u && !TOP_K;
     if (TOP_P) {
         ulong sum = 0;
-        for (uint i = tid; i < P * M; i += THREADS) {
+        for (uint i = lid; i < P * M; i += THREADS) {
             float value = shaped<DROPPED, CAPPED>(logits, base + i, scale, cap);
             sum += exp2_negative(levels_below(top, value, LOG2E), 0);
         }
-        sum = simd_scan(sum, lane);
+        sum = simd_scan(sum, simd_lid);
         // The mass of what is not probed, relative to the best token's.
         float rest = 0.0f;
         if (TAIL_COUNTS) {
-            for (uint c = tid; c < C; c += THREADS) {
+            for (uint c = lid; c < C; c += THREADS) {
                 uint word = atomic_load_explicit(&probed[c / 32], memory_order_relaxed);
                 if (!(word >> (c % 32) & 1)) {
                     float mass = transformed<CAPPED>(
@@ -189,15 +226,16 @@ _SAMPLED = """
             }
             rest = simd_sum(rest);
         }
-        if (lane == 31) {
-            totals[group] = sum;
-            bests[group] = rest;
+        if (simd_lid == 31) {
+            totals[simd_gid] = sum;
+            bests[simd_gid] = rest;
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        if (group == 0) {
-            sum = simd_scan(lane < SIMDGROUPS ? totals[lane] : ulong(0), lane);
-            rest = simd_sum(lane < SIMDGROUPS ? bests[lane] : 0.0f);
-            if (lane == 31) {
+        if (simd_gid == 0) {
+            sum = simd_lid < SIMDGROUPS ? totals[simd_lid] : ulong(0);
+            sum = simd_scan(sum, simd_lid);
+            rest = simd_sum(simd_lid < SIMDGROUPS ? bests[simd_lid] : 0.0f);
+            if (simd_lid == 31) {
                 if (TAIL_COUNTS) {
                     sum += exp2_negative(tail_levels(-precise::log(rest)), TAIL_BITS);
                 }
@@ -212,9 +250,9 @@ _SAMPLED = """
         uint cut = 0;
         uint remaining = settings[4 + rule];
         for (int digit = 0; digit < 2; digit++) {
-            clear_bins<THREADS>(bins, tid);
+            clear_bins<THREADS>(bins, lid);
             threadgroup_barrier(mem_flags::mem_threadgroup);
-            for (uint i = tid; i < P * M; i += THREADS) {
+            for (uint i = lid; i < P * M; i += THREADS) {
                 float value = shaped<DROPPED, CAPPED>(logits, base + i, scale, cap);
                 uint levels = levels_below(top, value, LOG2E);
                 uint far = levels >> COARSE;
@@ -229,7 +267,7 @@ _SAMPLED = """
                     atomic_fetch_add_explicit(&bins[bin], count, memory_order_relaxed);
                 }
             }
-            find_bin<THREADS>(bins, sums, bin_at, remaining, tid, lane, group);
+            find_bin<THREADS>(bins, sums, bin_at, remaining, lid, simd_lid, simd_gid);
             cut = cut << 11 | bin_at[0];
             remaining -= bin_at[1];
             tail_kept = tail_kept && bin_at[2] == 0;
@@ -240,7 +278,7 @@ _SAMPLED = """
     // The cluster: a thread has one that is probed, or many that are not.
     float best = -INFINITY;
     uint cluster = ~0u;
-    for (uint q = tid; q < P; q += THREADS) {
+    for (uint q = lid; q < P; q += THREADS) {
         float high = -INFINITY;
         for (uint r = 0; r < M; r++) {
             float value = shaped<DROPPED, CAPPED>(
@@ -265,7 +303,7 @@ _SAMPLED = """
         }
     }
     if (tail_kept) {
-        for (uint c = tid; c < C; c += THREADS) {
+        for (uint c = lid; c < C; c += THREADS) {
             uint word = atomic_load_explicit(&probed[c / 32], memory_order_relaxed);
             if (!(word >> (c % 32) & 1)) {
                 float value = transformed<CAPPED>(
@@ -279,19 +317,18 @@ _SAMPLED = """
             }
         }
     }
-    find_best<THREADS>(best, cluster, bests, ats, lane, group);
+    find_best<THREADS>(best, cluster, bests, ats, simd_lid, simd_gid);
     cluster = cluster < C ? cluster : 0;
     uint q = ~0u;
-    for (uint i = tid; i < P; i += THREADS) {
+    for (uint i = lid; i < P; i += THREADS) {
         q = probes[size_t(row) * P + i] == cluster && i < q ? i : q;
     }
     q = simd_min(q);
-    if (lane == 0) {
-        ats[group] = q;
+    if (simd_lid == 0) {
+        ats[simd_gid] = q;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    q = simd_min(lane < SIMDGROUPS ? ats[lane] : ~0u);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    q = simd_min(simd_lid < SIMDGROUPS ? ats[simd_lid] : ~0u);
 
     // Its logits: those that there are, or those of the rows, scored here.
     if (TAIL && q == ~0u) {
@@ -300,12 +337,12 @@ _SAMPLED = """
         constexpr int UNITS = D / UNIT;
         const device uint* from = (const device uint*)weight;
         const device uint* x_words = (const device uint*)(x + size_t(row) * D);
-        for (uint r = group; r < M; r += SIMDGROUPS) {
+        for (uint r = simd_gid; r < M; r += SIMDGROUPS) {
             uint at = cluster * M + r;
             bool real = at < settings[6];
             at = real ? at : 0;
             float sum = 0.0f;
-            for (uint unit = lane; unit < UNITS; unit += 32) {
+            for (uint unit = simd_lid; unit < UNITS; unit += 32) {
                 float v[UNIT];
                 uint w[WORDS];
                 load_floats<T, UNIT>(x_words, unit, v);
@@ -324,12 +361,12 @@ _SAMPLED = """
                 sum += dot;
             }
             sum = simd_sum(sum);
-            if (lane == 0) {
+            if (simd_lid == 0) {
                 scored[r] = real ? transformed<CAPPED>(sum, scale, cap) : -INFINITY;
             }
         }
     } else {
-        for (uint r = tid; r < M; r += THREADS) {
+        for (uint r = lid; r < M; r += THREADS) {
             float value = shaped<DROPPED, CAPPED>(
                 logits, base + q * M + r, scale, cap);
             bool kept = levels_below(top, value, LOG2E) <= limit;
@@ -339,15 +376,15 @@ _SAMPLED = """
     threadgroup_barrier(mem_flags::mem_threadgroup);
     best = -INFINITY;
     uint chosen = ~0u;
-    for (uint r = tid; r < M; r += THREADS) {
+    for (uint r = lid; r < M; r += THREADS) {
         float value = scored[r] / temperature + gumbel(words[2], words[3], r, M);
         if (value > best) {
             best = value;
             chosen = r;
         }
     }
-    find_best<THREADS>(best, chosen, bests, ats, lane, group);
-    if (tid == 0) {
+    find_best<THREADS>(best, chosen, bests, ats, simd_lid, simd_gid);
+    if (lid == 0) {
         tokens[row] = token_ids[size_t(cluster) * M + (chosen < M ? chosen : 0)];
     }
 """
@@ -508,6 +545,8 @@ def draft_greedy(
     Returns:
         mx.array: Tokens, uint32 ``[B]``.
     """
+    if not len(logits):
+        return mx.zeros((0,), dtype=mx.uint32)
     m = token_ids.shape[1]
     most = LARGE_GROUP if logits.shape[1] > 4096 else SMALL_GROUP
     dtype = str(shaping.rounding).split(".")[-1]
@@ -517,6 +556,13 @@ def draft_greedy(
     threads = backend.largest_group(variant, most, check)
     if threads:
         return _launch_greedy(logits, probes, token_ids, shaping, threads)
+    return _reference_greedy(logits, probes, token_ids, shaping)
+
+
+def _reference_greedy(
+    logits: mx.array, probes: mx.array, token_ids: mx.array, shaping: Shaping
+) -> mx.array:
+    """:func:`draft_greedy` in plain MLX."""
     ids = token_ids[probes].reshape(logits.shape)
     return lowest(shaping(logits), ids)
 
@@ -551,6 +597,8 @@ def draft_sampled(
     Returns:
         mx.array: Tokens, uint32 ``[B]``.
     """
+    if not len(logits):
+        return mx.zeros((0,), dtype=mx.uint32)
     m = token_ids.shape[1]
     most = LARGE_GROUP if max(logits.shape[1], len(token_ids)) > 2048 else SMALL_GROUP
     if law.has_kernel and tail.rows is not None:
@@ -783,9 +831,8 @@ def _check_greedy(
     probes = mx.broadcast_to(mx.arange(p, dtype=mx.uint32), (2, p))
     ids = (mx.arange(c * m, dtype=mx.uint32) * 7919) % 10_007
     args = (logits, probes, ids.reshape(c, m), shaping)
-    with backend.plain():
-        want = draft_greedy(*args)
-    backend.expect_close("draft_greedy", _launch_greedy(*args, threads), want)
+    got, want = _launch_greedy(*args, threads), _reference_greedy(*args)
+    backend.expect_close("draft_greedy", got, want)
 
 
 def _check_sampled(
@@ -815,10 +862,8 @@ def _check_sampled(
         )
 
     def score(clusters: mx.array) -> mx.array:
-        size, bits = rows.group_size, rows.bits
-        y = probe_logits(
-            x, weight, scales, biases, clusters, group_size=size, bits=bits
-        )
+        form = (rows.group_size, rows.bits, c * m)
+        y = _scores(x, weight, scales, biases, clusters, *form, exact=True)
         return y.reshape(b, 1, m)
 
     other = Tail(
@@ -831,8 +876,6 @@ def _check_sampled(
     )
     keys = mx.random.split(key, b)
     args = (logits, probes, ids, shaping, keys, law, other)
-    with backend.plain():
-        want = draft_sampled(*args)
-    got = _launch_sampled(*args, threads)
+    got, want = _launch_sampled(*args, threads), _reference(*args)
     if cast(int, (got == want).sum().item()) < b - 2:
         raise AssertionError("draft_sampled differs from the plain reference")

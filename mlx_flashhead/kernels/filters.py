@@ -1,8 +1,8 @@
 """What sampling keeps: mlx-lm's filters, with the tail.
 
 This is the one definition of top-p, min-p, XTC and top-k in this package: the kernel
-``sample`` computes the same integers, and the tests check both against float64. As in
-mlx-lm the filters look at the distribution at temperature 1 and apply in this order.
+``draft_sampled`` computes the same integers, and the tests check it against float64. As
+in mlx-lm the filters look at the distribution at temperature 1 and apply in this order.
 The tail stands for everything that is not among the candidates: its mass counts in the
 totals of top-p and XTC, it ranks last in top-p, and min-p and top-k, which keep the
 likeliest tokens, drop it.
@@ -23,7 +23,7 @@ _NO_LIMIT = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Rules:
-    """Settings of the filters, as :func:`mlx_flashhead.kernels.sample` takes them."""
+    """Settings of the filters."""
 
     top_p: float = 1.0
     min_p: float = 0.0

@@ -2,8 +2,8 @@
 
 The distance of a logit from the largest, in powers of two, becomes a fixed-point number
 with 26 fractional bits, and 2^-distance a 64-bit mass by integer arithmetic alone.
-Integer sums do not depend on the order of addition, so filters cut and draws fall at
-the same candidate wherever they are computed. The functions here and the text for the
+Integer sums do not depend on the order of addition, so filters cut at the same
+candidate wherever they are computed. The functions here and the text for the
 kernels (``METAL``) are one definition in two languages.
 """
 
@@ -51,15 +51,6 @@ def exp2_negative(x: mx.array, up: int) -> mx.array:
     return (v << up) >> (x >> FRACTION)
 
 
-def scaled(words: mx.array, total: mx.array) -> mx.array:
-    """``floor(random * total / 2^64)`` for random ``words [B, 2]``, ``total [B]``."""
-    high, low = words.astype(mx.uint64).T
-    total_high, total_low = total >> 32, total & 0xFFFFFFFF
-    a = high * total_low + (low * total_low >> 32)
-    b = low * total_high + (a & 0xFFFFFFFF)
-    return high * total_high + (a >> 32) + (b >> 32)
-
-
 METAL = (
     f"""
 constexpr constant float LARGEST = {LARGEST:.1f}f;
@@ -93,15 +84,6 @@ METAL_FUNC ulong exp2_negative(uint x, int up) {
         v = EXP2[i] - mulhi(t, v);
     }
     return (ulong(~0u - mulhi(t, v)) << up) >> (x >> 26);
-}
-
-// floor(random * total / 2^64) for a random number of two words.
-METAL_FUNC ulong scaled(uint high, uint low, ulong total) {
-    ulong total_low = total & 0xffffffffu;
-    ulong total_high = total >> 32;
-    ulong a = high * total_low + (low * total_low >> 32);
-    ulong b = low * total_high + (a & 0xffffffffu);
-    return high * total_high + (a >> 32) + (b >> 32);
 }
 """
 )

@@ -8,9 +8,6 @@ import mlx.core as mx
 
 from . import backend
 
-# x, weight, scales, biases and probes of :func:`probe_logits`.
-_Arrays = tuple[mx.array, mx.array, mx.array | None, mx.array | None, mx.array]
-
 # One simdgroup scores one probed cluster, whose rows lie one after another. Eight
 # lanes share a row and read it side by side, 16 bytes or more each, so four rows are
 # read at once; a lane keeps ROWS such sets in flight and uses x for all of them. The
@@ -48,8 +45,6 @@ _SOURCE = """
     const device uint* words = (const device uint*)weight;
     const device uint* x_words = (const device uint*)(x + size_t(batch) * D);
 
-    float best = -INFINITY;
-    uint best_at = ~0u;
     for (int chunk = 0; chunk < CHUNKS; chunk++) {
         // Where the rows and their groups begin.
         const device uint* row_words[ROWS];
@@ -106,25 +101,10 @@ _SOURCE = """
             value += simd_shuffle_xor(value, ushort(4));
             uint row = (chunk * ROWS + r) * 4 + simd_lid / 8;
             bool real = row < uint(M) && first + row < n_rows;
-            value = real ? value : -INFINITY;
             if (row < uint(M) && simd_lid % 8 == 0) {
-                logits[out * M + row] = value;
-            }
-            if (value > best) {
-                best = value;
-                best_at = row;
+                logits[out * M + row] = real ? value : -INFINITY;
             }
         }
-    }
-"""
-
-# What :func:`probe_logits_stats` writes besides.
-_STATS = """
-    float top = simd_max(best);
-    uint top_at = simd_min(best == top ? best_at : ~0u);
-    if (simd_lid == 0) {
-        block_max[out] = top;
-        block_argmax[out] = probe * M + (top_at < uint(M) ? top_at : 0u);
     }
 """
 
@@ -197,30 +177,13 @@ METAL_FUNC float unpack(thread const uint* words, int i) {
 # Two clusters to a threadgroup: small groups spread over all cores.
 _THREADS = 64
 
-_INPUTS = ["x", "weight", "scales", "biases", "probes", "sizes"]
-_OUTPUTS = ["logits", "block_max", "block_argmax"]
-
-_kernels = {
-    False: backend.Kernel("probe_logits", _INPUTS, _OUTPUTS[:1], _SOURCE, _HEADER),
-    True: backend.Kernel(
-        "probe_logits_stats", _INPUTS, _OUTPUTS, _SOURCE + _STATS, _HEADER
-    ),
-}
-
-
-class ProbeLogits(NamedTuple):
-    """Logits of the probed rows, and what each probed cluster amounts to.
-
-    Attributes:
-        logits (mx.array): float32 ``[B, p * m]``; ``-inf`` for padding.
-        block_max (mx.array): Largest logit of each cluster, float32 ``[B, p]``.
-        block_argmax (mx.array): Where it is in ``logits``, uint32 ``[B, p]``; the
-          first of equals.
-    """
-
-    logits: mx.array
-    block_max: mx.array
-    block_argmax: mx.array
+_kernel = backend.Kernel(
+    "probe_logits",
+    ["x", "weight", "scales", "biases", "probes", "sizes"],
+    ["logits"],
+    _SOURCE,
+    _HEADER,
+)
 
 
 def probe_logits(
@@ -257,61 +220,33 @@ def probe_logits(
     Raises:
         ValueError: If shapes, dtypes, ``bits`` or ``group_size`` do not fit.
     """
-    args = (x, weight, scales, biases, probes)
-    return _run(False, args, group_size, bits, n_rows)[0]
-
-
-def probe_logits_stats(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array | None,
-    biases: mx.array | None,
-    probes: mx.array,
-    *,
-    group_size: int = 64,
-    bits: int = 8,
-    n_rows: int | None = None,
-) -> ProbeLogits:
-    """:func:`probe_logits` and, from the same launch, the maximum of each cluster and
-    its place, so that the greedy choice needs no further pass over all logits."""
-    args = (x, weight, scales, biases, probes)
-    return ProbeLogits(*_run(True, args, group_size, bits, n_rows))
-
-
-def _run(
-    stats: bool, args: _Arrays, group_size: int, bits: int, n_rows: int | None
-) -> list[mx.array]:
-    x, weight, scales, _, probes = args
-    _validate(*args, group_size, bits)
+    _validate(x, weight, scales, biases, probes, group_size, bits)
     C, m = weight.shape[:2]
     n_rows = C * m if n_rows is None else n_rows
     if not 1 <= n_rows <= C * m:
         raise ValueError(f"n_rows must be from 1 to {C * m}, not {n_rows}")
     if not probes.size:
         B, p = probes.shape
-        none = [mx.zeros((B, p * m)), mx.zeros((B, p)), mx.zeros((B, p), mx.uint32)]
-        return none if stats else none[:1]
+        return mx.zeros((B, p * m))
     code = Case(
         *(x.dtype, 0 if scales is None else bits, group_size, x.shape[1], m),
         scales=None if scales is None else scales.dtype,
-        stats=stats,
     )
     if scales is None:
         group_size, bits = 32, 8 * x.dtype.size
-    variant = f"{_kernels[stats].name}({_described(code)})"
+    variant = f"probe_logits({_described(code)})"
     # Fewer than 8 words are no device buffer in Metal, and not worth a launch.
     threads = 0
     if weight.size >= 8:
         threads = backend.largest_group(variant, largest(code), partial(_check, code))
-    if threads:
-        return _launch(stats, *args, group_size, bits, n_rows, threads)
-    return _reference(stats, *args, group_size, bits, n_rows)
+    args = (x, weight, scales, biases, probes, group_size, bits, n_rows)
+    return _launch(*args, threads) if threads else _reference(*args)
 
 
 class Case(NamedTuple):
     """Inputs of a launch: dtype of the hidden states, bits of a weight (0: it is not
-    quantized), sizes as in :func:`probe_logits` with C clusters and p probes, the
-    scales' dtype (by default that of the states), and whether maxima are wanted."""
+    quantized), sizes as in :func:`probe_logits` with C clusters and p probes, and the
+    scales' dtype (by default that of the states)."""
 
     dtype: mx.Dtype
     bits: int
@@ -322,7 +257,6 @@ class Case(NamedTuple):
     C: int = 5
     p: int = 3
     scales: mx.Dtype | None = None
-    stats: bool = True
 
 
 _F16, _BF16, _F32 = mx.float16, mx.bfloat16, mx.float32
@@ -330,19 +264,19 @@ _F16, _BF16, _F32 = mx.float16, mx.bfloat16, mx.float32
 _EDGES = (
     Case(_BF16, 8, 64, 640, 16, B=1, C=6),
     Case(_BF16, 8, 128, 1152, 16, C=4, p=4),
-    Case(_F32, 8, 32, 2048, 16, B=1, C=3, p=2, stats=False),
+    Case(_F32, 8, 32, 2048, 16, B=1, C=3, p=2),
     Case(_F16, 8, 32, 96, 1, B=3, C=9, p=5),
     Case(_BF16, 4, 64, 896, 16, B=1, C=4),
-    Case(_F16, 4, 32, 640, 40, B=1, C=3, p=2, stats=False),
+    Case(_F16, 4, 32, 640, 40, B=1, C=3, p=2),
     Case(_F32, 4, 128, 1152, 3, p=4),
     Case(_BF16, 5, 64, 640, 16, B=1),
-    Case(_F32, 5, 32, 32, 7, C=8, stats=False),
+    Case(_F32, 5, 32, 32, 7, C=8),
     Case(_F16, 6, 128, 896, 16, C=4, p=2),
     Case(_BF16, 6, 32, 2048, 13, B=1, C=3),
-    Case(_BF16, 0, 32, 640, 16, stats=False),
+    Case(_BF16, 0, 32, 640, 16),
     Case(_F16, 0, 32, 1152, 24, B=1, C=3, p=2),
     Case(_F32, 0, 32, 896, 16, B=1, C=3, p=1),
-    Case(_F32, 0, 32, 32, 128, B=1, C=1, p=1, stats=False),
+    Case(_F32, 0, 32, 32, 128, B=1, C=1, p=1),
     # Scales may be finer than states.
     Case(_BF16, 4, 64, 640, 16, scales=_F16),
     Case(_BF16, 8, 64, 640, 16, scales=_F32),
@@ -353,7 +287,6 @@ _FORMATS = tuple(
     Case(
         *(dtype, bits, group_size, (128, 640, 896, 1152, 2048)[i % 5]),
         *((1, 5, 16, 33)[i % 4], 2, 4, 3),
-        stats=i % 2 == 0,
     )
     for i, (dtype, (bits, group_size)) in enumerate(
         itertools.product(
@@ -397,13 +330,8 @@ def check(case: Case, threads: int) -> None:
     probes, n_rows = probed(case)
     bits = case.bits or 8 * case.dtype.size
     args = (*inputs(case), probes, case.group_size, bits, n_rows)
-    got = _launch(case.stats, *args, threads)
-    want = _reference(case.stats, *args, exact=True)
-    backend.expect_close("probe_logits", got[0], want[0], 1e-4)
-    if case.stats:
-        backend.expect_close("block_max", got[1], want[1], 1e-4)
-        chosen = mx.take_along_axis(got[0], got[2], axis=1)
-        backend.expect_close("block_argmax", chosen, got[1])
+    got, want = _launch(*args, threads), _reference(*args, exact=True)
+    backend.expect_close("probe_logits", got, want, 1e-4)
 
 
 def _check(code: Case, threads: int) -> None:
@@ -526,7 +454,6 @@ def _gathered(
 
 
 def _reference(
-    stats: bool,
     x: mx.array,
     weight: mx.array,
     scales: mx.array | None,
@@ -536,8 +463,8 @@ def _reference(
     bits: int,
     n_rows: int,
     exact: bool | None = None,
-) -> list[mx.array]:
-    """:func:`probe_logits_stats` in plain MLX."""
+) -> mx.array:
+    """:func:`probe_logits` in plain MLX."""
     B, p = probes.shape
     C, m = weight.shape[:2]
     if exact is None:
@@ -549,12 +476,7 @@ def _reference(
     if n_rows < C * m:
         rows = probes[..., None] * m + mx.arange(m, dtype=mx.uint32)
         logits = mx.where(rows < n_rows, logits, -mx.inf)
-    flat = logits.reshape(B, p * m)
-    if not stats:
-        return [flat]
-    top = logits.max(axis=-1)
-    argmax = mx.argmax(logits, axis=-1) + mx.arange(p, dtype=mx.uint32) * m
-    return [flat, top, argmax.astype(mx.uint32)]
+    return logits.reshape(B, p * m)
 
 
 @lru_cache
@@ -563,7 +485,6 @@ def _sizes(n_rows: int) -> mx.array:
 
 
 def _launch(
-    stats: bool,
     x: mx.array,
     weight: mx.array,
     scales: mx.array | None,
@@ -573,13 +494,10 @@ def _launch(
     bits: int,
     n_rows: int,
     threads: int,
-) -> list[mx.array]:
+) -> mx.array:
     B, p = probes.shape
     m = weight.shape[1]
-    shapes = [((B, p * m), mx.float32)]
-    if stats:
-        shapes += [((B, p), t) for t in (mx.float32, mx.uint32)]
-    return _kernels[stats](
+    return _kernel(
         [
             x,
             weight,
@@ -598,5 +516,5 @@ def _launch(
         ],
         groups=(-(-p * 32 // threads), B),
         threads=threads,
-        outputs=shapes,
-    )
+        outputs=[((B, p * m), mx.float32)],
+    )[0]

@@ -188,10 +188,6 @@ inline T simd_prefix_exclusive_sum(T v, unsigned line = __builtin_LINE()) {
   return sum;
 }
 template <typename T>
-inline T simd_shuffle(T v, ushort lane, unsigned line = __builtin_LINE()) {
-  return emu::exchange(v, line)[lane & 31];
-}
-template <typename T>
 inline T simd_shuffle_xor(T v, ushort mask, unsigned line = __builtin_LINE()) {
   return emu::exchange(v, line)[(emu_lane() ^ mask) & 31];
 }

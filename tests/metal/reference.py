@@ -59,36 +59,8 @@ def logits(x, weight, scales, biases, probes, group_size, bits, n_rows):
     return exact.reshape(len(x), -1), bound.reshape(len(x), -1)
 
 
-def threefry(key: tuple[int, int], counter: tuple[int, int]) -> tuple[int, int]:
-    """Threefry 2x32, 20 rounds (Salmon et al., SC 2011)."""
-    mask = 0xFFFFFFFF
-    keys = (*key, key[0] ^ key[1] ^ 0x1BD11BDA)
-    a, b = (counter[0] + keys[0]) & mask, (counter[1] + keys[1]) & mask
-    for i in range(20):
-        r = (13, 15, 26, 6, 17, 29, 16, 24)[i % 8]
-        a = (a + b) & mask
-        b = ((b << r | b >> (32 - r)) & mask) ^ a
-        if i % 4 == 3:
-            n = i // 4 + 1
-            a = (a + keys[n % 3]) & mask
-            b = (b + keys[(n + 1) % 3] + n) & mask
-    return a, b
-
-
-def uniform(key, row: int, n_rows: int) -> float:
-    """The random number in [0, 1) that row draws with."""
-    words = []
-    for i in (2 * row, 2 * row + 1):
-        if i < n_rows:
-            words.append(threefry(key, (i, i + n_rows))[0])
-        else:
-            words.append(threefry(key, (i - n_rows, i))[1])
-    return (words[0] * 2**32 + words[1]) / 2**64
-
-
-def intervals(
+def kept(
     row,
-    temperature=1.0,
     top_p=1.0,
     min_p=0.0,
     min_tokens_to_keep=1,
@@ -96,37 +68,45 @@ def intervals(
     xtc_threshold=None,
     xtc_exempt=False,
     tail=None,
-) -> np.ndarray:
-    """Cumulative probabilities of the candidates of one row, the tail last: candidate
-    i is drawn for a number between entries i and i + 1.
+) -> tuple[np.ndarray, bool]:
+    """Which candidates of one row, and whether the tail, the filters leave.
 
-    The filters are those of mlx-lm, in its order, at temperature 1; ``tail`` has the
-    tail's log-mass at ``temperature`` and at 1. XTC drops where it has a threshold."""
+    They are those of mlx-lm, in its order; ``tail`` is the tail's log-mass. XTC drops
+    where it has a threshold."""
     row = np.where(np.isnan(row), -np.inf, row)
     top = row.max()
     d = row - top if np.isfinite(top) else np.zeros_like(row)
-    kept = np.full(row.shape, True)
+    left = np.full(row.shape, True)
     keep_tail = tail is not None and min_p == 0 and not 0 < top_k < len(row)
-    rest = np.exp(tail[1] - top) if tail is not None else 0
+    rest = np.exp(tail - top) if tail is not None else 0
     if top_p < 1:
         mass = np.exp(d)
         above = np.array([mass[d > e].sum() for e in d])
-        kept &= above < top_p * (mass.sum() + rest)
+        left &= above < top_p * (mass.sum() + rest)
         if mass.sum() >= top_p * (mass.sum() + rest):
             keep_tail, rest = False, 0
     if min_p > 0:
         likely = d >= np.log(min_p) - 1e-9
-        kept &= likely | (d >= np.sort(d)[-min(min_tokens_to_keep, len(d))])
+        left &= likely | (d >= np.sort(d)[-min(min_tokens_to_keep, len(d))])
         rest = 0
     if xtc_threshold is not None:
-        share = np.where(kept, np.exp(d), 0)
+        share = np.where(left, np.exp(d), 0)
         share /= share.sum() + rest
         above = share > xtc_threshold
         if above.any():
-            kept &= ~(share > share[above].min()) | xtc_exempt
-    if 0 < top_k < len(row) and kept.sum() > top_k:
-        kept &= d >= np.sort(d[kept])[-top_k]
-    mass = np.where(kept, np.exp(d / temperature), 0)
-    last = np.exp(tail[0] - top / temperature) if keep_tail else 0
-    mass = np.append(mass, last)
-    return np.concatenate([[0], np.cumsum(mass / mass.sum())])
+            left &= ~(share > share[above].min()) | xtc_exempt
+    if 0 < top_k < len(row) and left.sum() > top_k:
+        left &= d >= np.sort(d[left])[-top_k]
+    return left, keep_tail
+
+
+def chances(row, temperature, tail, **filters) -> np.ndarray:
+    """Probabilities of the candidates of one row at a temperature, the tail's last,
+    after the filters of :func:`kept`; ``tail`` has its log-mass there and at 1."""
+    row = np.where(np.isnan(row), -np.inf, row)
+    left, keep_tail = kept(row, tail=tail[1], **filters)
+    top = row.max()
+    d = row - top if np.isfinite(top) else np.zeros_like(row)
+    mass = np.where(left, np.exp(d / temperature), 0)
+    mass = np.append(mass, np.exp(tail[0] - top / temperature) if keep_tail else 0)
+    return mass / mass.sum()
