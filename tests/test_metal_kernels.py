@@ -132,10 +132,11 @@ def test_probe_logits(case):
 
 
 @pytest.mark.parametrize(
-    "dtype, scales, bits", [(BF16, F16, 4), (BF16, F32, 8), (F16, F32, 4)]
+    "dtype, scales, bits, group_size",
+    [(BF16, F16, 4, 64), (BF16, F16, 8, 32), (BF16, F32, 8, 64), (F16, F32, 4, 64)],
 )
-def test_scales_may_be_finer_than_states(dtype, scales, bits):
-    check_probe(dtype, bits, 64, 640, 16, 2, 5, 3, True, scales)
+def test_scales_may_be_finer_than_states(dtype, scales, bits, group_size):
+    check_probe(dtype, bits, group_size, 640, 16, 2, 5, 3, True, scales)
 
 
 MATRIX = list(
