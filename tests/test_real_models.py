@@ -25,6 +25,7 @@ from mlx_lm.utils import load_model
 from real_models import Converted, gemma_gguf, smollm_gguf
 from test_gguf import REFERENCE, gguf_name
 
+from mlx_flashhead import flash_heads
 from mlx_flashhead.integration.locate import get_module, head_table
 
 GIB = 2**30
@@ -63,16 +64,28 @@ def check_folder(case: Converted, vocab_size: int, hidden_size: int) -> None:
     assert (ids[vocab_size:] == vocab_size).all()
     for name in ("spread", "excess"):
         assert np.isfinite(np.array(case.head[name])).all()
-    # The rows are the model's, to the precision of 8 bits.
-    some = np.linspace(0, vocab_size - 1, 300).astype(int)
-    rows = np.array(case.head.embed(mx.array(some)).astype(mx.float32))
-    wanted = case.weight[some]
-    assert np.abs(rows - wanted).max() < 0.01 * np.abs(wanted).max()
+    # The file has them in Q8_0.
+    rows = case.head.embed(mx.arange(vocab_size), mx.float32)
+    assert np.array_equal(np.array(rows), case.weight)
+
+
+def same_best_tokens(case: Converted) -> bool:
+    """Whether the dense head's best tokens are those of the file's own rows."""
+    head = next(flash_heads(case.dense[0]))
+    found = [
+        np.array(mx.argmax(head.dense(mx.array(h)), axis=-1))
+        for h in np.array_split(case.states, 8)
+    ]
+    return np.array_equal(np.concatenate(found), case.best)
 
 
 def test_smollm_folder(smollm):
     check_folder(smollm, 49_152, 576)
     assert smollm.peak < 6 * GIB
+
+
+def test_smollm_dense_head_is_the_files(smollm):
+    assert same_best_tokens(smollm)
 
 
 def test_smollm_recall(smollm):
@@ -85,7 +98,9 @@ def test_smollm_recall(smollm):
 
 def test_smollm_beats_the_paper_on_the_same_states(smollm):
     head = smollm.head
-    model, tokenizer = smollm.dense
+    model, _ = load_model(smollm.folder, lazy=True)
+    model.set_dtype(mx.float32)
+    tokenizer = smollm.dense[1]
     documents = collect.read_documents(None)[::4]
     states = collect.collect(
         model,
@@ -124,6 +139,10 @@ def test_smollm_reads_a_chat(smollm):
 def test_gemma_folder(gemma):
     check_folder(gemma, 262_144, 640)
     assert gemma.peak < 6 * GIB
+
+
+def test_gemma_dense_head_is_the_files(gemma):
+    assert same_best_tokens(gemma)
 
 
 def test_gemma_recall(gemma):

@@ -159,9 +159,10 @@ def install(
     integrity.check_unchanged(folder, section, table)
     if n_probes is not None or not approximate:
         head.n_probes = draft.n_probes if n_probes is None else n_probes
-    if not approximate and not table.quantized and not on_gpu():
-        # MLX's products with packed rows take 20 times as long there for 16 states.
-        # The plain model's rows are float32 there as well.
+    unpacked = draft.rows == "stored" and not approximate and not table.quantized
+    if unpacked and head.rows.quantized and not on_gpu():
+        # On a CPU MLX's product of 16 states with packed rows takes 20 times as long,
+        # and the plain model's rows would be float32, too.
         head.rows = Table(head.rows.dequantize(mx.float32), bits=32)
     for_device(model)
     place(model, path, head)
