@@ -8,7 +8,9 @@ comes from the plain model's own logits and mlx-lm's own filters. What a draw ke
 depends on the logits and XTC's coin alone, so it is computed once for all keys of a
 state, and the noise of a key serves all states and settings; Bonferroni's bound holds
 for tests that share it. The first keys of each are given to the whole ``draw``, too,
-and have to get the same tokens there.
+and have to get the same tokens there. "Outside" counts draws of tokens that mlx-lm's
+filters drop: its float32 sum of a whole vocabulary moves the edge of top-p by a token
+now and then.
 """
 
 from __future__ import annotations
@@ -217,14 +219,15 @@ def main(folder, draws, n_states, batch, seed) -> None:
     values = []
     for i, name, p, drawing in cases:
         statistic, k, value, outside = drawing.test(p)
-        values.append(value)
+        if k:  # more than one token
+            values.append(value)
         some = p[p > 0]
         entropy = -(some * np.log(some)).sum()
         click.echo(
             f"{name:22}{i:6}{len(some):8}{entropy:9.3f}{statistic:11.1f}{k:7}"
-            f"{value:9.4f}{outside:9}"
+            f"{f'{value:.4f}' if k else '-':>9}{outside:9}"
         )
-    low, n = min(values), len(values)
+    low, n = min(values, default=1.0), len(values)
     click.echo(
         f"smallest of {n} p-values {low:.5f}; times {n} (Bonferroni) "
         f"{min(1.0, low * n):.3f}; {time.perf_counter() - start:.0f} s"

@@ -82,8 +82,8 @@ def read_heads(rows: mx.array, ids: mx.array, bits: int) -> tuple[Table, FlashHe
 
 
 def at_once(x: mx.array, k: int) -> Iterator[mx.array]:
-    """All states, k at a time, as many as make whole groups."""
-    for i in range(0, len(x) - k + 1, k):
+    """All states, k at a time; the last group has what is left."""
+    for i in range(0, len(x), k):
         yield x[i : i + k]
 
 
@@ -141,7 +141,7 @@ def measure(table: Table, head: FlashHead, x: mx.array) -> None:
     ):
         for k in (1, *AT_ONCE):
             found = choices(choose, x, k)
-            (differ,) = np.nonzero(found != stock[: len(found)])
+            (differ,) = np.nonzero(found != stock)
             some = mx.array(differ.astype(np.uint32))
             far = []
             if len(differ):

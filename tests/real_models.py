@@ -23,6 +23,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from filelock import FileLock
 from mlx_flashhead.convert import collect
 from mlx_flashhead.convert.gguf.reader import read_file
 from mlx_flashhead.convert.recipes import VERSION
@@ -63,8 +64,14 @@ def _kept(name: str, make: Callable[[Path], None]) -> Path:
     path = _cache_folder() / name
     if path.exists():
         return path
-    # Made aside and moved, so that a broken attempt is not taken for the file.
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    # Made aside and moved, so that a broken attempt is not taken for the file; and by
+    # one of the processes that want it.
+    with (
+        FileLock(path.with_name(f"{name}.lock")),
+        tempfile.TemporaryDirectory(dir=path.parent) as scratch,
+    ):
+        if path.exists():
+            return path
         made = Path(scratch) / name
         try:
             make(made)

@@ -114,6 +114,8 @@ SHORTER = {
     "mlx_flashhead.evaluate": "--tokens 200 --max-tokens 8",
     "mlx_flashhead.run mlx_lm.benchmark": "-n 1",
     "python benchmarks/draws.py": "--draws 2000",
+    "python benchmarks/exact_draws.py": "--draws 300 --n-states 2",
+    "python benchmarks/exact_ties.py": "--limit 8",
     "python benchmarks/scaling.py": "--steps 1 --repeats 1 --sweeps bits",
     "python benchmarks/gpu_check.py": "--self-test",
     "python benchmarks/recall.py": "--tokens 500",

@@ -28,8 +28,8 @@ PROMPTS = [
 ]
 # Prose, Python, French, Chinese.
 FEW = [PROMPTS[i] for i in (1, 5, 8, 11)]
-# Clusters probed, so few that drafts are refused.
-N_FEW = 72
+# Clusters probed, so few that drafts are refused, greedy and sampled.
+N_FEW, N_FEWER = 128, 72
 WINDOW = 512  # tokens that Gemma's sliding layers see
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are probed at every step")
@@ -114,7 +114,7 @@ def check_identity(pair: Pair, prompts: list[str], n: int) -> None:
 
 
 def test_smollm_writes_what_stock_mlx_lm_does(smol):
-    check_identity(smol, FEW[1:], 10)
+    check_identity(smol, FEW[1:], 12)
 
 
 @pytest.mark.full
@@ -125,7 +125,7 @@ def test_smollm_writes_twenty_texts_as_stock_mlx_lm_does(smol):
 
 @pytest.mark.full
 def test_gemma_writes_what_stock_mlx_lm_does(large):
-    check_identity(large, FEW, 40)
+    check_identity(large, FEW[1:], 40)
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ SAMPLED = {
         {"logit_bias": {260: -5.0}, "presence_penalty": 1.0},
     ),
 }
-DRAFTS = [(None, 4), (N_FEW, 16), (None, 16), (256, 5)]
+DRAFTS = [(None, 4), (N_FEWER, 16), (None, 16), (256, 5)]
 
 
 def check_seed(pair: Pair, prompts, n: int, name: str, drafts) -> None:
@@ -207,13 +207,13 @@ def test_a_seed_gives_one_text(smol, name):
 @pytest.mark.full
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_seed_gives_one_text_whatever_is_drafted(smol, name):
-    check_seed(smol, FEW, 30, name, DRAFTS)
+    check_seed(smol, FEW[1:3], 24, name, DRAFTS)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["top-p", "min-p", "penalties"])
 def test_a_seed_gives_one_text_of_gemma(large, name):
-    check_seed(large, FEW[:2], 20, name, DRAFTS[:2])
+    check_seed(large, FEW[2:3], 20, name, DRAFTS[:2])
 
 
 def own_sampler(logprobs: mx.array) -> mx.array:
@@ -229,7 +229,7 @@ def test_an_unknown_sampler_draws_what_it_does_in_stock_mlx_lm(smol):
 
 @pytest.mark.full
 def test_unknown_samplers_with_penalties_draw_what_they_do_in_stock_mlx_lm(smol):
-    for prompt in FEW:
+    for prompt in FEW[1:3]:
         options = {"sampler": own_sampler}
         made = [make_logits_processors(repetition_penalty=1.3) for _ in range(2)]
         wanted = smol.wanted(prompt, 30, logits_processors=made[0], **options)
@@ -260,7 +260,7 @@ def careless(self, logits, drafts, context):
 def test_accepting_every_draft_is_caught(smol, monkeypatch):
     monkeypatch.setattr(ExactDecoder, "_choose_together", careless)
     with pytest.raises(AssertionError, match="Révolution"):
-        check_identity(smol, FEW[2:3], 10)
+        check_identity(smol, FEW[2:3], 12)
 
 
 def test_keys_that_depend_on_the_draft_are_caught(smol, monkeypatch):
