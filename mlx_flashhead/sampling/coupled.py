@@ -168,7 +168,7 @@ def draw(
         certain = mx.ones(len(logits), mx.bool_)
         return Drawn(_lowest(logits, ids, head.vocab_size), certain)
     noises = [Noise.make(head, key) for key in keys]
-    noise = Noise(*(mx.stack(parts) for parts in zip(*noises)))
+    noise = Noise(*(mx.stack(list(parts)) for parts in zip(*noises)))
     kept = keep(head, settings, logits, noise.coin, n_filtered)
     return Drawn(choose(head, settings, kept, noise), kept.certain)
 
