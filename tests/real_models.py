@@ -132,7 +132,7 @@ class Converted:
 
     @cached_property
     def flash(self):
-        return load(self.folder)
+        return load(self.folder, exact=False)
 
     @cached_property
     def dense(self):

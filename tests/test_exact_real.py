@@ -18,6 +18,7 @@ from mlx_flashhead import flash_heads, load, patch_decoding, unpatch
 from mlx_flashhead.integration import exact, rollback
 from mlx_flashhead.integration.decode import slot_of
 from mlx_flashhead.integration.exact import ExactDecoder, verification
+from mlx_flashhead.integration.keys import Keys
 from mlx_flashhead.sampling import Settings, coupled
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -28,8 +29,6 @@ PROMPTS = [
 ]
 # Prose, Python, French, Chinese.
 FEW = [PROMPTS[i] for i in (1, 5, 8, 11)]
-# Clusters probed, so few that drafts are refused, greedy and sampled.
-N_FEW, N_FEWER = 128, 72
 WINDOW = 512  # tokens that Gemma's sliding layers see
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are probed at every step")
@@ -38,9 +37,15 @@ Text = list[tuple[int, mx.array]]
 
 
 class Pair:
-    """A converted model twice, in float32: for stock mlx-lm, and to draft."""
+    """A converted model twice, in float32: for stock mlx-lm, and to draft.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: The converted folder.
+        few: Clusters to probe where drafts are to be refused.
+    """
+
+    def __init__(self, folder: Path, few: int):
+        self.few = few
         self.stock, self.tokenizer = load(folder, dense=True)
         self.exact, _ = load(folder)
         for model in (self.stock, self.exact):
@@ -73,12 +78,12 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def smol(smollm):
-    return Pair(smollm.folder)
+    return Pair(smollm.folder, few=72)
 
 
 @pytest.fixture(scope="module")
 def large(gemma):
-    return Pair(gemma.folder)
+    return Pair(gemma.folder, few=16)
 
 
 def difference(got: Text, wanted: Text) -> int | None:
@@ -86,7 +91,7 @@ def difference(got: Text, wanted: Text) -> int | None:
     what the order of a float32 sum does to them; ``None`` for nowhere."""
     assert len(got) == len(wanted)
     for i, ((a, p), (b, q)) in enumerate(zip(got, wanted)):
-        if a != b or not mx.allclose(p, q, rtol=0, atol=2e-3):
+        if a != b or not mx.allclose(p, q, rtol=0, atol=5e-4):
             return i
     return None
 
@@ -98,42 +103,44 @@ def tokens(text: Text) -> tuple[int, ...]:
 # ---- the same text as stock mlx-lm's -----------------------------------------------
 
 
-def check_identity(pair: Pair, prompts: list[str], n: int) -> None:
+def check_identity(pair: Pair, prompts: list[str], n: int, few: int) -> None:
     """With the folder's own number of probes, which saves dense products, and with so
     few that drafts are refused."""
     wanted = [pair.wanted(prompt, n) for prompt in prompts]
-    for n_probes in (None, N_FEW):
+    for n_probes in (None, few):
         with verification() as count:
             for prompt, text in zip(prompts, wanted):
                 got = pair.drafted(prompt, n, n_probes=n_probes)
                 assert difference(got, text) is None, prompt
-        if n_probes == N_FEW:
+        if n_probes == few:
             assert count.accepted < count.drafted
         else:
             assert count.verifications < count.tokens / 2
 
 
 def test_smollm_writes_what_stock_mlx_lm_does(smol):
-    check_identity(smol, FEW[1:], 12)
+    check_identity(smol, FEW[1:], 12, smol.few)
 
 
 @pytest.mark.full
 def test_smollm_writes_twenty_texts_as_stock_mlx_lm_does(smol):
     assert len(PROMPTS) == 20
-    check_identity(smol, PROMPTS, 40)
+    check_identity(smol, PROMPTS, 40, few=128)
 
 
 @pytest.mark.full
 def test_gemma_writes_what_stock_mlx_lm_does(large):
-    check_identity(large, FEW[1:], 40)
+    check_identity(large, FEW[1:], 40, large.few)
 
 
 @pytest.fixture(scope="module")
 def long_prompt(large) -> Callable[[int], str]:
-    """A beginning of the passages, of about so many tokens."""
-    whole = "\n\n".join(read_documents(PASSAGES))
+    """The last tokens, about so many, of the passages with prose at their end: what
+    follows prose is hard to draft."""
+    prose, *others = read_documents(PASSAGES)
+    whole = "\n\n".join([*others, prose])
     ids = large.tokenizer.encode(whole, add_special_tokens=False)
-    return lambda n: large.tokenizer.decode(ids[:n])
+    return lambda n: large.tokenizer.decode(ids[-n:])
 
 
 # Tokens of the prompt, and of what follows.
@@ -149,7 +156,7 @@ def test_gemma_past_its_sliding_window(large, long_prompt, before, n):
     wanted = large.wanted(prompt, n)
     cache = make_prompt_cache(large.exact)
     with verification() as count:
-        got = large.drafted(prompt, n, n_probes=N_FEW, prompt_cache=cache)
+        got = large.drafted(prompt, n, n_probes=large.few, prompt_cache=cache)
     assert difference(got, wanted) is None
     rotating = [c for c in cache if isinstance(c, RotatingKVCache)]
     assert len(rotating) == 15 and {c.max_size for c in rotating} == {WINDOW}
@@ -173,10 +180,14 @@ SAMPLED = {
         {"logit_bias": {260: -5.0}, "presence_penalty": 1.0},
     ),
 }
-DRAFTS = [(None, 4), (N_FEWER, 16), (None, 16), (256, 5)]
 
 
-def check_seed(pair: Pair, prompts, n: int, name: str, drafts) -> None:
+def drafts(pair: Pair) -> list[tuple[int | None, int]]:
+    """Numbers of probes, and of tokens that are verified at once."""
+    return [(None, 4), (pair.few, 16), (None, 16), (256, 5)]
+
+
+def check_seed(pair: Pair, prompts: list[str], n: int, name: str, ways: int) -> None:
     """Drawn from one dense product after another, or drafted in whatever way."""
     sampler, processors = SAMPLED[name]
 
@@ -189,7 +200,7 @@ def check_seed(pair: Pair, prompts, n: int, name: str, drafts) -> None:
     refused = 0
     for prompt in prompts:
         plain = text(prompt, verify_every=1)
-        for n_probes, verify_every in drafts:
+        for n_probes, verify_every in drafts(pair)[:ways]:
             with verification() as count:
                 got = text(prompt, n_probes=n_probes, verify_every=verify_every)
             refused += count.drafted - count.accepted
@@ -201,19 +212,19 @@ def check_seed(pair: Pair, prompts, n: int, name: str, drafts) -> None:
 
 @pytest.mark.parametrize("name", ["top-p", "penalties"])
 def test_a_seed_gives_one_text(smol, name):
-    check_seed(smol, FEW[2:3], 12, name, DRAFTS[:2])
+    check_seed(smol, FEW[2:3], 12, name, 2)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_seed_gives_one_text_whatever_is_drafted(smol, name):
-    check_seed(smol, FEW[1:3], 24, name, DRAFTS)
+    check_seed(smol, FEW[1:3], 24, name, 4)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["top-p", "min-p", "penalties"])
 def test_a_seed_gives_one_text_of_gemma(large, name):
-    check_seed(large, FEW[2:3], 20, name, DRAFTS[:2])
+    check_seed(large, FEW[2:3], 20, name, 2)
 
 
 def own_sampler(logprobs: mx.array) -> mx.array:
@@ -259,17 +270,21 @@ def careless(self, logits, drafts, context):
 
 def test_accepting_every_draft_is_caught(smol, monkeypatch):
     monkeypatch.setattr(ExactDecoder, "_choose_together", careless)
-    with pytest.raises(AssertionError, match="Révolution"):
-        check_identity(smol, FEW[2:3], 12)
+    # Not for the number of drafts that stood, but for the text of one of the prompts.
+    with pytest.raises(AssertionError, match="softmax|Révolution|中国"):
+        check_identity(smol, FEW[1:], 12, smol.few)
 
 
 def test_keys_that_depend_on_the_draft_are_caught(smol, monkeypatch):
-    def wrong(self, i):
-        return self.keys.at(self.count.verifications + i, self.settings or Settings())
+    several = Keys.several
 
-    monkeypatch.setattr(ExactDecoder, "_key", wrong)
+    def wrong(self, n, k, settings):
+        self.asked = getattr(self, "asked", 0) + 1
+        return several(self, n + self.asked, k, settings)
+
+    monkeypatch.setattr(Keys, "several", wrong)
     with pytest.raises(AssertionError, match="Révolution"):
-        check_seed(smol, FEW[2:3], 12, "top-p", DRAFTS[:2])
+        check_seed(smol, FEW[2:3], 12, "top-p", 2)
 
 
 @pytest.mark.full
@@ -281,5 +296,5 @@ def test_slots_of_a_full_window_that_are_not_put_back_are_caught(
     prompt = long_prompt(before)
     wanted = large.wanted(prompt, n)
     monkeypatch.setattr(rollback._Rotating, "to", rollback._Record.to)
-    got = large.drafted(prompt, n, n_probes=N_FEW)
+    got = large.drafted(prompt, n, n_probes=large.few)
     assert difference(got, wanted) is not None

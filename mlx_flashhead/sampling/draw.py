@@ -28,7 +28,7 @@ from . import processing
 from .settings import Processor, Settings
 from .steps import constant, run
 
-# Candidates that the sampling kernel takes, and clusters.
+# Candidates that the kernel of a draw takes, and clusters.
 LIMIT = 131_072
 
 # Ids ``[n]`` and logits ``[1, n]`` that logits processors have changed.
