@@ -66,7 +66,6 @@ from ..compute.table import Table
 from ..folder.format import load_head
 from ..folder.section import Draft, Section, read_section
 from ..head import FlashHead
-from ..integration.loading import VERIFY_EVERY
 from ..integration.locate import find_transform
 from ..load import load
 from .compare import (
@@ -191,7 +190,7 @@ def _verifying(
     folder: str | Path, section: Section, head: FlashHead, verify_every: int | None
 ) -> tuple[Table, Draft]:
     """The rows ``[V, D]`` that verify in exact decoding, and how it drafts."""
-    draft = section.draft or Draft(section.n_probes, VERIFY_EVERY, 1.0)
+    draft = section.drafting
     draft = replace(draft, verify_every=verify_every or draft.verify_every)
     if draft.rows == "stored":
         return head.rows.flat.map(lambda a: a[head.positions]), draft

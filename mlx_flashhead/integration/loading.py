@@ -21,7 +21,7 @@ from ..compute.device import for_device, on_gpu
 from ..compute.table import Table
 from ..folder import integrity
 from ..folder.format import load_head
-from ..folder.section import Draft, FormatError, has_section, read_section
+from ..folder.section import FormatError, has_section, read_section
 from .locate import (
     HeadNotFound,
     find_transform,
@@ -32,10 +32,6 @@ from .locate import (
     place,
 )
 from .slots import Decoding, FlashLinear
-
-# Positions that one dense product verifies, where a folder does not say it. On Apple's
-# GPUs MLX reads the rows once for all from 6 to 12 positions on.
-VERIFY_EVERY = 16
 
 
 def switched_off() -> bool:
@@ -144,8 +140,7 @@ def install(
         table = head_table(get_module(model, path))
     except (HeadNotFound, AttributeError) as e:
         raise FormatError(f"{folder}: {e}; convert the model again") from None
-    # Folders of before say nothing of drafts.
-    draft = section.draft or Draft(section.n_probes, VERIFY_EVERY, 1.0)
+    draft = section.drafting
     approximate = decoding == "approximate"
     own = None if approximate or draft.rows == "stored" else table
     head = load_head(folder, section, find_transform(model, path), own)
