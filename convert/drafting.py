@@ -11,7 +11,7 @@ from mlx_flashhead.compute.linalg import blocks
 from mlx_flashhead.evaluation.drafts import bytes_per_token
 from mlx_flashhead.evaluation.fidelity import Logits, Truth, centroid_logits, row_order
 from mlx_flashhead.folder.section import Draft
-from mlx_flashhead.head import ALWAYS, FlashHead
+from mlx_flashhead.head import FlashHead
 
 # Numbers of clusters that are tried: one in so many.
 ONE_IN = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -58,9 +58,8 @@ def search(
     order = row_order(head)
     logits = Logits(head, weight[order], None if bias is None else bias[order])
     of_centroids, spread = centroid_logits(head), np.array(head.spread)
-    always = int((spread >= ALWAYS / 2).sum())
-    c = head.n_clusters
-    ps = sorted({max(1, min(c, max(2 * always, c // n))) for n in ONE_IN})
+    c, least_p = head.n_clusters, max(1, 2 * head.n_always)
+    ps = sorted({min(c, max(least_p, c // n)) for n in ONE_IN})
     found = []
     for s in blocks(len(states), len(order)):
         true = logits(states[s])

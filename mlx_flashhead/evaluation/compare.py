@@ -23,7 +23,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..compute.linalg import blocks
 from ..compute.table import Table
 from ..folder.section import Draft
-from ..head import ALWAYS, FlashHead, masses
+from ..head import FlashHead, masses
 from ..integration.locate import answering, find_head, get_module, head_table
 from .drafts import bytes_per_token
 from .fidelity import (
@@ -384,7 +384,7 @@ class Comparison:
 def ladder(head: FlashHead) -> list[int]:
     """LADDER times the stored number of probes, as far as it makes sense: no more than
     there are clusters, and twice those that are probed always, or more."""
-    always = int(np.sum(np.array(head.spread) >= ALWAYS / 2))
+    always = head.n_always
     steps = {min(int(head.n_probes * x), head.n_clusters) for x in LADDER}
     return sorted({head.n_probes} | {p for p in steps if p >= max(1, 2 * always)})
 

@@ -45,7 +45,7 @@ class Retrieved(NamedTuple):
     """What a decode step knows of its logits, before the model's own transform.
 
     Attributes:
-        centroid_logits (mx.array): Logit of each centroid, float32 ``[B, C]``.
+        centroid_logits (mx.array): Logit of each centroid, floating ``[B, C]``.
         probes (mx.array): Clusters that were scored, uint32 ``[B, q]``.
         logits (mx.array): Exact logits of their rows, float32 ``[B, q * m]``;
           ``-inf`` for padding.
@@ -170,13 +170,18 @@ class FlashHead(nn.Module):
                 f"n_probes must be an integer from 1 to {self.n_clusters}, not {n!r}"
             )
         self._n_probes = n
-        always = cast(int, (self.spread >= ALWAYS / 2).sum().item())
+        always = self.n_always
         if n < 2 * always:
             warnings.warn(
                 f"{always} clusters are probed at every step, so n_probes = {n} leaves "
                 f"few for the others; use {2 * always} or more",
                 stacklevel=2,
             )
+
+    @property
+    def n_always(self) -> int:
+        """Clusters that are probed at every step."""
+        return cast(int, (self.spread >= ALWAYS / 2).sum().item())
 
     @property
     def hidden_size(self) -> int:
@@ -263,7 +268,7 @@ class FlashHead(nn.Module):
         scores the lower index.
 
         Args:
-            centroid_logits: float32 ``[B, C]``.
+            centroid_logits: Floating ``[B, C]``.
             n_probes: p, instead of the head's own number.
         """
         p = n_probes or self.n_probes

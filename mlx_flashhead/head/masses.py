@@ -23,8 +23,7 @@ def log_weights(head: FlashHead, temperature: float) -> mx.array:
     expected mass at that temperature, float32 ``[C]``, in nats.
 
     The correction is linear in ``1 / T`` between the temperatures of the fit and beyond
-    them; at infinite T nothing but the number of the cluster's tokens counts. It is
-    interpolated within the step, whose compilation fuses it with what uses it.
+    them; at infinite T nothing but the number of the cluster's tokens counts.
     """
     inverse = [0.0, *(1 / t for t in head.temperatures)]
     at = 1 / temperature
