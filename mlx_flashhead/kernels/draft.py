@@ -548,7 +548,7 @@ def draft_greedy(
     if not len(logits):
         return mx.zeros((0,), dtype=mx.uint32)
     m = token_ids.shape[1]
-    most = LARGE_GROUP if logits.shape[1] > 4096 else SMALL_GROUP
+    most = _most(None, logits.shape[1], len(token_ids))
     dtype = str(shaping.rounding).split(".")[-1]
     capped = "capped, " * (shaping.softcap is not None)
     variant = f"draft_greedy({dtype}, {capped}m {m}, up to {most} threads)"
@@ -600,7 +600,7 @@ def draft_sampled(
     if not len(logits):
         return mx.zeros((0,), dtype=mx.uint32)
     m = token_ids.shape[1]
-    most = LARGE_GROUP if max(logits.shape[1], len(token_ids)) > 2048 else SMALL_GROUP
+    most = _most(law, logits.shape[1], len(token_ids))
     if law.has_kernel and tail.rows is not None:
         options = _options(law, logits.shape[1], tail)
         names = [str(shaping.rounding), str(tail.centroid_logits.dtype)]
@@ -644,14 +644,10 @@ def _reference(
         at_one = mx.put_along_axis(
             of_centroids + tail.at_one, probes, mx.array(-mx.inf), axis=1
         )
-        top = values.max(axis=-1, keepdims=True)
-        behind = top[:, 0] - mx.logsumexp(at_one, axis=-1)
-        distance = fixed_point.levels_below(top, values, fixed_point.LOG2E)
-        drops = None
-        if law.xtc_probability > 0:
-            drops = noise.coins <= law.xtc_probability
-        kept, tail_kept = filters.keep(distance, law.rules, behind, drops, exempt)
-        values = mx.where(kept, values, -mx.inf)
+        rest = mx.logsumexp(at_one, axis=-1)
+        q = law.xtc_probability
+        drops = noise.coins <= q if q > 0 else None
+        values, tail_kept = filters.filtered(values, law.rules, rest, drops, exempt)
         every = mx.where(tail_kept[:, None], every, -mx.inf)
     if law.drops_tail or tail.empty:
         every = mx.full(every.shape, -mx.inf)
@@ -678,6 +674,13 @@ def _rounded(x: mx.array, dtype: mx.Dtype) -> mx.array:
 
 def _bits(x: float) -> int:
     return int(np.float32(x).view(np.uint32))
+
+
+def _most(law: Law | None, n_candidates: int, n_clusters: int) -> int:
+    """Threads of a group that takes so much; ``None`` is the greedy choice."""
+    if law is None:
+        return LARGE_GROUP if n_candidates > 4096 else SMALL_GROUP
+    return LARGE_GROUP if max(n_candidates, n_clusters) > 2048 else SMALL_GROUP
 
 
 def _options(law: Law, n_candidates: int, tail: Tail) -> dict[str, bool]:
@@ -801,9 +804,7 @@ CASES = (
 
 def largest(case: Case) -> int:
     """Threads per threadgroup, if so many fit."""
-    if case.law is None:
-        return LARGE_GROUP if case.p * case.m > 4096 else SMALL_GROUP
-    return LARGE_GROUP if max(case.p * case.m, case.C) > 2048 else SMALL_GROUP
+    return _most(case.law, case.p * case.m, case.C)
 
 
 def check(case: Case, threads: int) -> None:

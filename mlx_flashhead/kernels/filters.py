@@ -13,7 +13,14 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from .fixed_point import FRACTION, TAIL_BITS, exp2_negative, tail_levels
+from .fixed_point import (
+    FRACTION,
+    LOG2E,
+    TAIL_BITS,
+    exp2_negative,
+    levels_below,
+    tail_levels,
+)
 
 # Top-p and top-k compare distances at this resolution, and keep whole sets of ties
 # (logits within about 1e-5).
@@ -42,6 +49,29 @@ class Rules:
     def share(self) -> int:
         """The mass that top-p keeps, in units of 2^-31 of the total."""
         return max(1, int(min(self.top_p, 1.0) * 2**31))
+
+
+def filtered(
+    logits: mx.array,
+    rules: Rules,
+    rest: mx.array,
+    coin: mx.array | None = None,
+    exempt: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Logits of candidates, ``-inf`` for what is dropped, and whether the tail is left.
+
+    Args:
+        logits: float32 ``[B, K]``.
+        rules, coin, exempt: As for :func:`keep`.
+        rest: Log-mass of the tail at temperature 1, float32 ``[B]``.
+
+    Returns:
+        float32 ``[B, K]`` and bool ``[B]``.
+    """
+    top = logits.max(axis=-1, keepdims=True)
+    distance = levels_below(top, logits, LOG2E)
+    kept, tail = keep(distance, rules, top[:, 0] - rest, coin, exempt)
+    return mx.where(kept, logits, -mx.inf), tail
 
 
 def keep(

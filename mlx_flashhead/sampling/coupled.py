@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from .. import kernels
 from ..head import FlashHead
-from ..kernels import filters, fixed_point
+from ..kernels import filters
 from .draw import rules_of
 from .settings import Bias, Processor, Settings
 from .steps import run
@@ -128,8 +128,15 @@ def keep(
     before = mx.take_along_axis(clustered, chosen[..., None], axis=1)
     inside = mx.logsumexp(before.reshape(k, -1), axis=-1)
     rest = log_z + mx.log(1 - mx.exp(mx.minimum(inside - log_z, 0)))
-    ids = head.token_ids[chosen]
-    filtered, _ = _filter(settings, rules, before, ids, coins, rest)
+    q = settings.xtc_probability
+    left, _ = filters.filtered(
+        before.reshape(k, -1),
+        rules,
+        rest,
+        coins <= q if q > 0 else None,
+        settings.xtc_exempt(head.token_ids[chosen].reshape(k, -1)),
+    )
+    filtered = left.reshape(before.shape)
     every = mx.logsumexp(filtered / settings.temp, axis=-1)
     if settings.cuts:
         # Filters keep the likeliest. Where they have dropped one that is as likely
@@ -161,27 +168,6 @@ def choose(
     if kept.clusters is not None:
         at = mx.take_along_axis(kept.clusters, at, axis=-1)
     return head.token_ids[at[:, 0], row]
-
-
-def _filter(
-    settings: Settings,
-    rules: filters.Rules,
-    logits: mx.array,
-    ids: mx.array,
-    coins: mx.array,
-    rest: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """Logits ``[k, p, m]`` of tokens ``ids``, ``-inf`` for what is dropped; and whether
-    the tails, whose log-masses at temperature 1 are ``rest [k]``, are kept."""
-    flat = logits.reshape(len(logits), -1)
-    top = flat.max(axis=-1, keepdims=True)
-    distance = fixed_point.levels_below(top, flat, fixed_point.LOG2E)
-    drops = None
-    if settings.xtc_probability > 0:
-        drops = coins <= settings.xtc_probability
-    exempt = settings.xtc_exempt(ids.reshape(flat.shape))
-    kept, tail = filters.keep(distance, rules, top[:, 0] - rest, drops, exempt)
-    return mx.where(kept.reshape(logits.shape), logits, -mx.inf), tail
 
 
 def process(
