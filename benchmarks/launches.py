@@ -23,6 +23,7 @@ from unittest.mock import patch
 import click
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
+from samplers import SAMPLERS
 
 from mlx_flashhead.benchmarking.report import markdown_table
 from mlx_flashhead.compute.table import Table
@@ -31,13 +32,6 @@ from mlx_flashhead.integration.samplers import read_sampler
 from mlx_flashhead.kernels import backend
 from mlx_flashhead.sampling import coupled, draw
 
-SAMPLERS = {
-    "greedy": {"temp": 0.0},
-    "temperature": {"temp": 0.8},
-    "top-p": {"temp": 0.8, "top_p": 0.95},
-    "min-p": {"temp": 0.8, "min_p": 0.05},
-    "top-k": {"temp": 0.8, "top_k": 40},
-}
 VERIFY_EVERY = 16
 
 # Primitives that change how an array is looked at, or stand for a constant.

@@ -17,6 +17,7 @@ import click
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
+from samplers import SAMPLERS
 
 from mlx_flashhead import patch_decoding, unpatch, verification
 from mlx_flashhead.benchmarking.report import markdown_table
@@ -81,12 +82,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
-}
-SAMPLERS: dict[str, dict[str, Any]] = {
-    "greedy": {"temp": 0.0},
-    "top-p": {"temp": 0.8, "top_p": 0.95},
-    "top-k": {"temp": 0.8, "top_k": 40},
-    "temperature": {"temp": 0.8},
 }
 CLUSTER_SIZE = 16
 # Standard deviation of the logits: the likeliest token then has most of the mass.
@@ -158,7 +153,7 @@ def run(model: nn.Module, options: dict[str, Any], n: int) -> float:
 @click.option("--bits", default=8)
 @click.option("--max-tokens", default=193)
 @click.option("--repeats", default=5)
-@click.option("--samplers", default=",".join(SAMPLERS))
+@click.option("--samplers", default="greedy,top-p,top-k,temperature")
 def main(names, bits, max_tokens, repeats, samplers):
     """Decode with made models: dense, approximate, exact."""
     click.echo(doctor.describe())

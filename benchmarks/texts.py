@@ -17,18 +17,12 @@ import click
 import mlx.core as mx
 from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
+from samplers import SAMPLERS
 
 from mlx_flashhead import load, verification
 from mlx_flashhead.benchmarking.report import markdown_table
 from mlx_flashhead.integration.exact import Verification
 
-SAMPLERS = {
-    "greedy": {"temp": 0.0},
-    "temperature": {"temp": 0.8},
-    "top-p": {"temp": 0.8, "top_p": 0.95},
-    "top-k": {"temp": 0.8, "top_k": 40},
-    "min-p": {"temp": 0.8, "min_p": 0.05},
-}
 TEXTS = {
     "prose": [
         "The history of the steam engine begins",
