@@ -22,6 +22,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    tune: bool = True,
     return_config: Literal[False] = False,
     **kwargs: Any,
 ) -> tuple[nn.Module, TokenizerWrapper]: ...
@@ -35,6 +36,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    tune: bool = True,
     return_config: Literal[True],
     **kwargs: Any,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]: ...
@@ -47,6 +49,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    tune: bool = True,
     **kwargs: Any,
 ) -> (
     tuple[nn.Module, TokenizerWrapper]
@@ -69,6 +72,8 @@ def load(
           the model's own. Otherwise they are drawn among FlashHead's candidates.
         verify_every: Tokens that are verified at once where it is exact, instead of
           the stored number.
+        tune: Whether the head is measured when it is first used, and decodes as is
+          fastest here; ``MLX_FLASHHEAD_TUNE=0`` turns it off, too.
         return_config: Whether to return the config, too.
         **kwargs: What :func:`mlx_lm.load` takes (``lazy``, ``adapter_path``,
           ``tokenizer_config``, ``revision``, ...).
@@ -103,6 +108,7 @@ def load(
         dense=dense,
         exact=exact,
         verify_every=verify_every,
+        tune=tune,
         **options,
     )
     if adapter_path is not None:

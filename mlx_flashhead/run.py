@@ -34,6 +34,12 @@ OPTIONS = [
         type=click.IntRange(min=1),
         help="Tokens that --exact verifies at once.  [default: the converted number]",
     ),
+    click.Option(
+        ["--tune/--no-tune"],
+        default=True,
+        help="Whether to measure the head when it is first used, and to decode as is "
+        "fastest here.  [default: tune]",
+    ),
 ]
 
 

@@ -31,7 +31,7 @@ from mlx_flashhead import (
     unpatch,
 )
 from mlx_flashhead.head import flash_head
-from mlx_flashhead.integration import decode
+from mlx_flashhead.integration import decode, tuner
 from mlx_flashhead.integration.slots import intercepted
 
 generate = importlib.import_module("mlx_lm.generate")
@@ -61,7 +61,7 @@ def now() -> list:
 @pytest.fixture
 def retrieving(monkeypatch):
     """The rule for the cheaper way would take the dense head where all is probed."""
-    for module in (decode, flash_head):
+    for module in (decode, flash_head, tuner):
         monkeypatch.setattr(module, "prefers_dense", lambda *_: False)
 
 

@@ -29,12 +29,14 @@ from ..sampling import (
     full_logits,
     logprobs,
 )
+from ..tuning import KINDS, kind_of
 from .exact import ExactDecoder, Verified
 from .exact_batch import exact_step, leave, options_of
 from .keys import Keys
 from .locate import flash_slots
 from .samplers import read_processors, read_sampler
-from .slots import FlashLinear, hidden_state, intercepted
+from .slots import FlashLinear, densely, hidden_state
+from .tuner import dense_is_faster, exact_decoder
 
 # A function of mlx-lm's.
 Step = Callable[..., Any]
@@ -101,6 +103,21 @@ def read_request(
     if settings is None or readable is None:
         return None
     return (head, settings, readable) if fits(head, settings) else None
+
+
+class _DenseStandIn:
+    """Stands in for a model that decodes with the dense head where that is faster."""
+
+    def __init__(self, model: nn.Module, head: FlashHead):
+        self._model = model
+        self._head = head
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        with densely(self._head):
+            return self._model(*args, **kwargs)
 
 
 class _Turn:
@@ -186,10 +203,13 @@ def generate_step(stock: Step) -> Step:
         request = read_request(model, *options)
         if kwargs.get("input_embeddings") is not None:
             request = None  # mlx-lm looks at the model's signature
-        if request is None or prefers_dense(request[0], 1, request[1].sorts):
+        if request is None or slot is None:
             yield from stock(prompt, model, *args, **kwargs)
             return
         head, settings, processors = request
+        if dense_is_faster(slot, model, settings, options[0], 1):
+            yield from stock(prompt, _DenseStandIn(model, head), *args, **kwargs)
+            return
         turn = _Turn(None)
         drawn: deque[Drawn | None] = deque()
         turn.on_sample = drawn.append
@@ -220,7 +240,7 @@ def exact_generate_step(
         yield from stock(prompt, model, *args, **kwargs)
         return
     processors = kwargs.get("logits_processors") or []
-    decoder = ExactDecoder(slot, model, kwargs.get("sampler"), processors)
+    decoder = exact_decoder(slot, model, kwargs.get("sampler"), processors)
     stand_in = _ExactStandIn(decoder, model, len(prompt), kwargs)
     kwargs.update(sampler=stand_in.sampler, logits_processors=None)
     steps = stock(prompt, stand_in, *args, **kwargs)
@@ -291,7 +311,7 @@ class _ExactStandIn:
 
     def sampler(self, logits: mx.array) -> mx.array:
         """The token that was found last."""
-        return mx.array([self.verified[-1].token], dtype=mx.uint32)
+        return self.verified[-1].ids
 
 
 def speculative_generate_step(stock: Step) -> Step:
@@ -365,8 +385,11 @@ def batch_step(stock: Step) -> Step:
             return stock(self)  # the slot answers densely
         sequences = range(len(self.uids))
         requests = [_Request.read(self, e, head.vocab_size) for e in sequences]
-        if not _worthwhile(head, requests):
+        if not fits(head, Settings()):
             return stock(self)
+        if _dense_is_faster(slot, self.model, requests):
+            with densely(head):
+                return stock(self)
         self._current_tokens = inputs = self._next_tokens
         self._current_logprobs = self._next_logprobs
         h = hidden_state(head, self.model, inputs[:, None], cache=self.prompt_cache)
@@ -405,9 +428,21 @@ class _Request:
         return cls(sampler, processors, read_sampler(sampler), readable)
 
 
-def _worthwhile(head: FlashHead, requests: list[_Request]) -> bool:
-    sorts = any(r.settings is not None and r.settings.sorts for r in requests)
-    return fits(head, Settings()) and not prefers_dense(head, len(requests), sorts)
+def _dense_is_faster(
+    slot: FlashLinear, model: nn.Module, requests: list[_Request]
+) -> bool:
+    """As :func:`.tuner.dense_is_faster`, by the sequence that takes longest densely."""
+    settings: Settings = Settings()
+    sampler = None
+    for request in requests:
+        own = request.settings
+        if own is not None and fits(slot.head, own) and _rank(own) > _rank(settings):
+            settings, sampler = own, request.sampler
+    return dense_is_faster(slot, model, settings, sampler, len(requests))
+
+
+def _rank(settings: Settings) -> int:
+    return KINDS.index(kind_of(settings))
 
 
 def _draw_batch(
@@ -461,7 +496,7 @@ def exact(stock: Step) -> Step:
         head = head_of(getattr(first, "_model", first))
         if head is None:
             return stock(first, *args, **kwargs)
-        with intercepted(head, lambda x: head.dense(x).astype(x.dtype)):
+        with densely(head):
             return stock(first, *args, **kwargs)
 
     return scored

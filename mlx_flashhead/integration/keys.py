@@ -11,10 +11,14 @@ from ..sampling import Settings
 
 class Keys:
     """Random keys, one after another, from a place that MLX's own generator chose: as
-    reproducible as that is by ``mx.random.seed``."""
+    reproducible as that is by ``mx.random.seed``.
 
-    def __init__(self) -> None:
-        self._start: list[int] | None = None
+    Args:
+        start: The place, two words of 32 bits; the generator is left alone then.
+    """
+
+    def __init__(self, start: list[int] | None = None) -> None:
+        self._start = start
         self._n = 0
 
     def next(self, settings: Settings) -> mx.array:

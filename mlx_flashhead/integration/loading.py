@@ -31,7 +31,7 @@ from .locate import (
     head_table,
     place,
 )
-from .slots import Decoding, FlashLinear
+from .slots import Decoding, FlashLinear, Origin
 
 
 def switched_off() -> bool:
@@ -48,6 +48,7 @@ def load_model(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    tune: bool = True,
     **kwargs: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model's folder, with its FlashHead if it has one.
@@ -61,6 +62,8 @@ def load_model(
             mlx-lm.
         exact: Whether FlashHead drafts and the dense head verifies.
         verify_every: Tokens that are verified at once, instead of the stored number.
+        tune: Whether the head may be measured when it is first used, and decode as is
+            fastest here.
         args, kwargs: For ``stock``.
 
     Raises:
@@ -82,6 +85,7 @@ def load_model(
                 decoding,
                 n_probes=n_probes,
                 verify_every=verify_every,
+                tune=tune,
                 stop_tokens=_stop_tokens(config),
             )
         elif converted:
@@ -120,6 +124,7 @@ def install(
     *,
     n_probes: int | None = None,
     verify_every: int | None = None,
+    tune: bool = False,
     stop_tokens: frozenset[int] = frozenset(),
 ) -> nn.Module:
     """Put the FlashHead of a folder into its freshly loaded, lazy model.
@@ -131,6 +136,7 @@ def install(
             that the section's draft names, so that what is decoded is what the model
             itself decodes.
         n_probes, verify_every: Instead of the stored numbers.
+        tune: Whether it may be measured.
         stop_tokens: Tokens that end a text.
     """
     section = read_section(folder)
@@ -164,6 +170,7 @@ def install(
     for slot in flash_slots(model):
         slot.decoding, slot.stop_tokens = decoding, stop_tokens
         slot.verify_every = verify_every or draft.verify_every
+        slot.origin = Origin(section.to_json()["sha256"], draft) if tune else None
     return for_device(model)
 
 

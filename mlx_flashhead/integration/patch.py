@@ -44,6 +44,7 @@ def patch(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    tune: bool = True,
 ) -> None:
     """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
     decoding (``generate``, ``stream_generate``, ``batch_generate``, the server, ...)
@@ -64,6 +65,8 @@ def patch(
           the model's own. Otherwise they are drawn among FlashHead's candidates.
         verify_every: Tokens that are verified at once where it is exact, instead of
           the stored number.
+        tune: Whether a head is measured when it is first used, and decodes as is
+          fastest here; ``MLX_FLASHHEAD_TUNE=0`` turns it off, too.
 
     Raises:
         PatchError: The installed mlx-lm is not as expected. mlx-lm is as it came then.
@@ -76,6 +79,7 @@ def patch(
         "dense": dense,
         "exact": exact,
         "verify_every": verify_every,
+        "tune": tune,
     }
 
     def load_model(stock: Any, *args: Any, **kwargs: Any) -> Any:
