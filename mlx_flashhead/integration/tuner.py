@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -134,7 +134,7 @@ class Tuner:
         self._draft = origin.draft
         self.seconds = seconds
         self._clock = clock
-        self._say = say or _say
+        self.say = say or _say
         self._said: set[str] = set()
         self._tries: Counter[tuple[str, int]] = Counter()
         self._lock = threading.Lock()
@@ -195,10 +195,30 @@ class Tuner:
     ) -> bool | None:
         """Whether a step of n sequences takes no longer with the dense head than among
         candidates; ``None`` where that could not be measured."""
-        group = f"{kind_of(settings)}, p {slot.head.n_probes}"
         low = 1 << (n.bit_length() - 1)
+        sizes = {low, low if low == n else 2 * low}
+        found = dense_wins(self.batches(slot, model, settings, sampler, sizes), n)
+        if found:
+            many = "" if n == 1 else f" of {n} sequences"
+            self._once(
+                f"{kind_of(settings)} decoding{many} is faster dense on this device "
+                "(mlx_flashhead.tune shows it, MLX_FLASHHEAD_TUNE=0 retrieves)"
+            )
+        return found
+
+    def batches(
+        self,
+        slot: FlashLinear,
+        model: nn.Module,
+        settings: Settings,
+        sampler: Any,
+        sizes: Iterable[int],
+    ) -> Times:
+        """Times of batches of at least these sizes, as far as they could be
+        measured."""
+        group = f"{kind_of(settings)}, p {slot.head.n_probes}"
         with self._lock:
-            for size in {low, low if low == n else 2 * low}:
+            for size in sizes:
                 cells = {Cell("stock", size), Cell("approximate", size)}
                 if not self.times.get(group, {}).keys() >= cells:
                     # Every step of a batch comes here.
@@ -206,14 +226,7 @@ class Tuner:
                         *(group, size, 1),
                         partial(_batch_runs, slot, model, settings, sampler, size),
                     )
-            found = dense_wins(self.times.get(group, {}), n)
-        if found:
-            many = "" if n == 1 else f" of {n} sequences"
-            self._once(
-                f"{group.split(',')[0]} decoding{many} is faster dense on this device "
-                "(mlx_flashhead.tune shows it, MLX_FLASHHEAD_TUNE=0 retrieves)"
-            )
-        return found
+            return self.times.get(group, {})
 
     def _probes(self, slot: FlashLinear, settings: Settings) -> list[int]:
         """Numbers of probes that may be chosen, the stored one first; one that is not
@@ -256,19 +269,17 @@ class Tuner:
         if not runs:
             return
         self.times = self._store.add(group, {**self.times.get(group, {}), **found})
-        part = (
-            "" if len(found) == len(runs) else f" ({len(found)} of {len(runs)} steps)"
-        )
         many = "" if size == 1 else f" of {size} sequences"
-        self._say(
-            f"mlx-flashhead: measured {group} decoding{many} on this device in "
-            f"{self._clock() - begin:.1f} s{part}, for all times to come"
+        self.say(
+            f"mlx-flashhead: measured {group.split(',')[0]} decoding{many} on this "
+            f"device, which is done once ({len(found)} of {len(runs)} steps in "
+            f"{self._clock() - begin:.1f} s)"
         )
 
     def _once(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
-            self._say(f"mlx-flashhead: {line}")
+            self.say(f"mlx-flashhead: {line}")
 
 
 def _say(line: str) -> None:
@@ -371,5 +382,7 @@ def _batch_runs(
             mx.async_eval(latest)
         mx.eval(latest)
 
-    stock(1)
+    if size == 1:
+        # Weights that were never used may still be on the disk.
+        stock(1)
     return {Cell("stock", size): stock, Cell("approximate", size): approximate}

@@ -10,6 +10,9 @@ from .times import Cell, Times
 
 # Fewer positions that cost no more than this are preferred: text appears sooner.
 WORTH = 1.01
+# What is not faster than dense decoding by this is not worth it: times are not exact,
+# and nobody is to be slower.
+GAIN = 1.02
 
 
 class Plan(NamedTuple):
@@ -63,13 +66,13 @@ def cheapest(
     least = min(plan.seconds for plan in plans)
     best = next(plan for plan in plans if plan.seconds <= WORTH * least)
     alone = times.get(Cell("dense", 1), math.inf) if dense else math.inf
-    return best if best.seconds < alone else Plan(best.n_probes, 0, alone)
+    return best if GAIN * best.seconds < alone else Plan(best.n_probes, 0, alone)
 
 
 def dense_wins(times: Times, n: int) -> bool | None:
-    """Whether a step of a batch of n sequences is no slower with mlx-lm's dense head
-    than among candidates; ``None`` where that was not measured. Between two sizes that
-    were, times are taken to be linear."""
+    """Whether a step of a batch of n sequences is as fast with mlx-lm's dense head as
+    among candidates; ``None`` where that was not measured. Between two sizes that were,
+    times are taken to be linear."""
     below = _both(times, max((s for s in _sizes(times) if s <= n), default=0))
     above = _both(times, min((s for s in _sizes(times) if s >= n), default=0))
     if below is None or above is None:
@@ -85,7 +88,7 @@ def _sizes(times: Times) -> list[int]:
 
 
 def _both(times: Times, n: int) -> tuple[int, float] | None:
-    """A batch's size and the seconds that candidates save."""
+    """A batch's size and the seconds that candidates save, beyond ``GAIN``."""
     if n == 0:
         return None
-    return n, times[Cell("stock", n)] - times[Cell("approximate", n)]
+    return n, times[Cell("stock", n)] - GAIN * times[Cell("approximate", n)]

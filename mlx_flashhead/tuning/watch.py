@@ -12,7 +12,7 @@ _MEMORY = 64.0
 # Tokens that are decoded densely, where drafts do not pay, before one is tried again;
 # twice as many after each trial that fails.
 _PAUSE = 32
-_LONGEST_PAUSE = 512
+_LONGEST_PAUSE = 1024
 # Positions of the first trial after a pause.
 _TRIAL = 2
 
@@ -24,7 +24,7 @@ class Watch:
     nothing was measured, that is all.
 
     Otherwise the fastest of what was measured is chosen anew for each chunk, by the
-    acceptance so far. Of more probes than stored, which have not been tried in this
+    acceptance so far, and chunks double on the way to it only where all drafts stand. Of more probes than stored, which have not been tried in this
     text, it is taken that twice the probes halve the misses, but not that more stand
     than was stored. Where nothing that drafts is faster than the dense product, that
     takes over, and drafts are tried again from time to time.
@@ -86,6 +86,8 @@ class Watch:
             counts[n_probes] = counts.get(n_probes, 0.0) + new
         if self._drafted[n_probes] > _MEMORY / 2:
             self._pause = _PAUSE
+        if accepted == drafted:
+            self._size = max(self._size, 2 * (drafted + 1))
 
     def acceptance(self, n_probes: int) -> float:
         """Share of the drafts with so many probes that is expected to stand."""
@@ -97,8 +99,10 @@ class Watch:
         return (_PRIOR * before + accepted) / (_PRIOR + drafted)
 
     def _grown(self, plan: Plan) -> Plan:
-        size, self._size = self._size, min(2 * self._size, plan.verify_every)
-        return plan._replace(verify_every=min(size, plan.verify_every))
+        size = min(self._size, plan.verify_every)
+        if self.times is None or size == 1:
+            self._size = 2 * size
+        return plan._replace(verify_every=size)
 
     def _dense(self) -> Plan:
         assert self.times is not None
