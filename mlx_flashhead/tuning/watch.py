@@ -24,10 +24,11 @@ class Watch:
     nothing was measured, that is all.
 
     Otherwise the fastest of what was measured is chosen anew for each chunk, by the
-    acceptance so far, and chunks double on the way to it only where all drafts stand. Of more probes than stored, which have not been tried in this
-    text, it is taken that twice the probes halve the misses, but not that more stand
-    than was stored. Where nothing that drafts is faster than the dense product, that
-    takes over, and drafts are tried again from time to time.
+    acceptance so far, and chunks double on the way to it only where all drafts stand.
+    Of more probes than stored, which have not been tried in this text, it is taken
+    that twice the probes halve the misses, but not that more stand than was stored.
+    Where nothing that drafts is faster than the dense product, that takes over, and
+    drafts are tried again from time to time.
 
     Args:
         n_probes: Clusters probed for a draft, as stored.
