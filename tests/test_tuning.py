@@ -98,7 +98,7 @@ def test_fast_steps_are_timed_many_at_once():
 
 def test_what_is_compiled_does_not_count():
     clock = MadeClock()
-    runs = clock.runs({"a": [0.3, 0.01], "b": [0.2, 0.02]})
+    runs = clock.runs({"a": [0.2, 0.01], "b": [0.1, 0.02]})
     found = in_turn(runs, 1.0, compiles=True, clock=clock)
     assert found == pytest.approx({"a": 0.01, "b": 0.02})
 
@@ -113,7 +113,7 @@ def test_the_budget_is_exceeded_by_one_step_at_most(times, budget, compiles):
     clock = MadeClock()
     runs = clock.runs({i: [t] for i, t in enumerate(times)})
     found = in_turn(runs, budget, compiles=compiles, clock=clock)
-    assert clock.now <= budget + max(times)
+    assert clock.now <= budget + (1 + compiles) * max(times)
     # The first come first, and nothing is made up.
     assert list(found) == list(range(len(found)))
     assert all(found[i] == pytest.approx(times[i]) for i in found)

@@ -270,9 +270,10 @@ class Tuner:
             return
         self.times = self._store.add(group, {**self.times.get(group, {}), **found})
         many = "" if size == 1 else f" of {size} sequences"
+        how = "which is done once" if len(found) == len(runs) else "as far as it went"
         self.say(
             f"mlx-flashhead: measured {group.split(',')[0]} decoding{many} on this "
-            f"device, which is done once ({len(found)} of {len(runs)} steps in "
+            f"device, {how} ({len(found)} of {len(runs)} steps in "
             f"{self._clock() - begin:.1f} s)"
         )
 

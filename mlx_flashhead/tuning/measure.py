@@ -34,7 +34,8 @@ def in_turn(
         runs: What is timed, the most important first.
         seconds: The budget.
         rounds: Times that each is timed, at most.
-        compiles: Whether the first run of each compiles something, and does not count.
+        compiles: Whether the first two steps of each compile something, and do not
+            count.
         clock: Gives the time, in seconds.
     """
     begin = clock()
@@ -43,7 +44,8 @@ def in_turn(
     for _ in range(rounds + compiles):
         for name, run in runs.items():
             each = found.get(name)
-            n = 1 if each is None else _n_steps(each)
+            warms = compiles and name not in seen
+            n = 1 + warms if each is None else _n_steps(each)
             expected = n * each if each is not None else max(found.values(), default=0)
             left = seconds - (clock() - begin)
             if expected > left or left <= 0:
@@ -53,7 +55,7 @@ def in_turn(
             start = clock()
             run(n)
             took = (clock() - start) / n
-            if name in seen or not compiles:
+            if not warms:
                 found[name] = took if each is None else min(each, took)
             seen.add(name)
     return found
