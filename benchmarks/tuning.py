@@ -11,7 +11,8 @@ decoding that measures itself, and "stock" mlx-lm with the plain model.
 
 MLX compiles CUDA kernels as they are first used, seconds each, and keeps them on disk:
 ``--shard 0/8`` to ``--shard 7/8`` side by side fill that store before the run that
-counts.
+counts. On a CPU that is busy with other work, ``--processor-time`` counts only this
+process's own.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Setup:
     options: dict[str, Any]
     tokens: int
     repeats: int
+    clock: Callable[[], float]
 
     @property
     def slot(self) -> FlashLinear:
@@ -73,7 +75,11 @@ class Setup:
         for _ in range(self.repeats + on_gpu()):
             mx.random.seed(1)
             ran = decoding.run(
-                model, self.prompts(n), make_sampler(**self.options), self.tokens
+                model,
+                self.prompts(n),
+                make_sampler(**self.options),
+                self.tokens,
+                clock=self.clock,
             )
             found.append(ran.step)
             self.acceptance = ran.verified.acceptance
@@ -83,6 +89,8 @@ class Setup:
     def pinned(self, draft: Draft | None) -> None:
         """Decode as the slot is set to, or by what is measured."""
         self.slot.origin = None if draft is None else Origin(self.name, draft)
+        if draft is not None:
+            tuner_of(self.slot).clock = self.clock
 
 
 def made_prompts(n: int) -> list[list[int]]:
@@ -108,9 +116,9 @@ def exact(setup: Setup, sampler: str) -> list[str]:
     tuner_of(slot).times[kind_of(settings)] = dense
     ran[0] = setup.seconds()
     setup.pinned(draft)
-    begin = time.perf_counter()
+    begin = setup.clock()
     times = tuner_of(slot).exact(slot, setup.model, settings)
-    took = time.perf_counter() - begin
+    took = setup.clock() - begin
     chosen = 0 if times is None else cheapest(times, lambda _: accepted).verify_every
 
     def words(k: int) -> str:
@@ -133,9 +141,9 @@ def batch(setup: Setup, sampler: str, n: int) -> list[str]:
         tuner_of(slot).times[group] = forced
         ran[dense] = setup.seconds(n)
     setup.pinned(draft)
-    begin = time.perf_counter()
+    begin = setup.clock()
     times = tuner_of(slot).batches(slot, setup.model, settings, own, [n])
-    took = time.perf_counter() - begin
+    took = setup.clock() - begin
     chosen = bool(dense_wins(times, n))
 
     def words(dense: bool) -> str:
@@ -168,8 +176,20 @@ def row(setup, sampler, what, ran, chosen, words, n, took) -> list[str]:
 @click.option("--samplers", default="greedy,top-p", help=f"Of {', '.join(SAMPLERS)}.")
 @click.option("--batch-sizes", default="1,4,16")
 @click.option("--decoding", "kinds", default="exact,approximate")
+@click.option("--processor-time", is_flag=True, help="Time by the processor's clock.")
 @click.option("--shard", default="0/1", help="Only a part, to compile.")
-def main(names, folders, bits, tokens, repeats, samplers, batch_sizes, kinds, shard):
+def main(
+    names,
+    folders,
+    bits,
+    tokens,
+    repeats,
+    samplers,
+    batch_sizes,
+    kinds,
+    processor_time,
+    shard,
+):
     """Compare what decoding chooses by itself with the best of all."""
     # What was measured before does not count.
     cache = tempfile.TemporaryDirectory()
@@ -193,7 +213,8 @@ def main(names, folders, bits, tokens, repeats, samplers, batch_sizes, kinds, sh
             else:
                 plain, model = body(name, bits), flash(name, bits, kind == "exact")
                 prompts = made_prompts
-            setup = Setup(Path(name).name, model, plain, prompts, *options)
+            clock = time.process_time if processor_time else time.perf_counter
+            setup = Setup(Path(name).name, model, plain, prompts, *options, clock)
             if kind == "exact":
                 table.append(exact(setup, sampler))
                 continue

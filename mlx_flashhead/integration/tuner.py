@@ -133,7 +133,7 @@ class Tuner:
         self._store = Store(origin.sha256, decoding)
         self._draft = origin.draft
         self.seconds = seconds
-        self._clock = clock
+        self.clock = clock
         self.say = say or _say
         self._said: set[str] = set()
         self._tries: Counter[tuple[str, int]] = Counter()
@@ -252,13 +252,13 @@ class Tuner:
         if self._tries[group, size] >= tries:
             return
         self._tries[group, size] += 1
-        begin = self._clock()
+        begin = self.clock()
         try:
             with _same_numbers():
                 mx.synchronize()
                 runs = make()
-                left = self.seconds - (self._clock() - begin)
-                found = in_turn(runs, left, compiles=on_gpu(), clock=self._clock)
+                left = self.seconds - (self.clock() - begin)
+                found = in_turn(runs, left, compiles=on_gpu(), clock=self.clock)
         except (RuntimeError, ValueError, MemoryError) as e:
             # Decoding goes on as it is set to, and says itself what it lacks.
             self._tries[group, size] = tries
@@ -274,7 +274,7 @@ class Tuner:
         self.say(
             f"mlx-flashhead: measured {group.split(',')[0]} decoding{many} on this "
             f"device, {how} ({len(found)} of {len(runs)} steps in "
-            f"{self._clock() - begin:.1f} s)"
+            f"{self.clock() - begin:.1f} s)"
         )
 
     def _once(self, line: str) -> None:
