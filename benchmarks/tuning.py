@@ -78,7 +78,7 @@ class Setup:
                 model,
                 self.prompts(n),
                 make_sampler(**self.options),
-                self.tokens,
+                self.tokens if n == 1 else max(3, self.tokens // 3),
                 clock=self.clock,
             )
             found.append(ran.step)
@@ -171,7 +171,7 @@ def row(setup, sampler, what, ran, chosen, words, n, took) -> list[str]:
 @click.argument("names", nargs=-1, type=click.Choice(list(MODELS)))
 @click.option("--folder", "folders", multiple=True, help="A converted folder, instead.")
 @click.option("--bits", default=8, help="Of made models.")
-@click.option("--tokens", default=97, help="Of each sequence.")
+@click.option("--tokens", default=129, help="Of a sequence; of batches a third.")
 @click.option("--repeats", default=2)
 @click.option("--samplers", default="greedy,top-p", help=f"Of {', '.join(SAMPLERS)}.")
 @click.option("--batch-sizes", default="1,4,16")

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from .times import Cell, Times
 
-# Fewer positions that cost no more than this are preferred: text appears sooner.
-WORTH = 1.01
+# Fewer positions that cost no more than this are preferred: text appears sooner, and
+# chunks grow to them sooner.
+WORTH = 1.03
 # What is not faster than dense decoding by this is not worth it: times are not exact,
 # and nobody is to be slower.
 GAIN = 1.02

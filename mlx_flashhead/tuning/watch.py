@@ -85,7 +85,7 @@ class Watch:
             for p in counts:
                 counts[p] *= decay
             counts[n_probes] = counts.get(n_probes, 0.0) + new
-        if self._drafted[n_probes] > _MEMORY / 2:
+        if self._drafted[n_probes] > 0.75 * _MEMORY:
             self._pause = _PAUSE
         if accepted == drafted:
             self._size = max(self._size, 2 * (drafted + 1))
