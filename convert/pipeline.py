@@ -318,7 +318,10 @@ def convert(
                 target, head, verifying, measured, draft, int(exact), start
             )
             config.pop(CONFIG_KEY, None)
-            utils.save(result, source.folder, model, tokenizer, config)
+            if source.multimodal and not quantize and dtype is None:
+                source.copy(result)
+            else:
+                utils.save(result, source.folder, model, tokenizer, config)
             for file in [*integrity.weight_files(result), result / layout.HEAD_FILE]:
                 integrity.check_safetensors(file)
             publish.write_card(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import mlx.core as mx
@@ -29,7 +29,7 @@ from ..sampling import (
     full_logits,
     logprobs,
 )
-from .exact import ExactDecoder, Verified
+from .exact import ExactDecoder, LogitsProcessor, Sampler, Verified
 from .exact_batch import exact_step, leave, options_of
 from .keys import Keys
 from .locate import flash_slots
@@ -38,6 +38,11 @@ from .slots import FlashLinear, hidden_state, intercepted
 
 # A function of mlx-lm's.
 Step = Callable[..., Any]
+# A sequence's sampler and logits processors.
+Options = tuple[Sampler, Sequence[LogitsProcessor]]
+BatchDraw = Callable[
+    [mx.array, Keys, dict[int, mx.array]], tuple[mx.array, list[mx.array]]
+]
 
 # More positions at once than a draft has: a prompt.
 _LONGEST_DRAFT = 32
@@ -80,7 +85,7 @@ def acceptance() -> Iterator[Acceptance]:
 def slot_of(model: Any) -> FlashLinear | None:
     """What stands in the place of a model's head, where that is a FlashHead."""
     slots = list(flash_slots(model)) if isinstance(model, nn.Module) else []
-    return slots[0] if len(slots) == 1 else None
+    return slots[0] if len({id(slot.head) for slot in slots}) == 1 else None
 
 
 def head_of(model: Any) -> FlashHead | None:
@@ -363,20 +368,20 @@ def batch_step(stock: Step) -> Step:
         leave(self)
         if slot.decoding != "approximate":
             return stock(self)  # the slot answers densely
-        sequences = range(len(self.uids))
-        requests = [_Request.read(self, e, head.vocab_size) for e in sequences]
-        if not _worthwhile(head, requests):
+        options = [options_of(self, e) for e in range(len(self.uids))]
+        drawing = batch_draw(head, options)
+        if drawing is None:
             return stock(self)
         self._current_tokens = inputs = self._next_tokens
         self._current_logprobs = self._next_logprobs
         h = hidden_state(head, self.model, inputs[:, None], cache=self.prompt_cache)
         h = h[:, -1]
         contexts: dict[int, mx.array] = {}
-        for e, request in enumerate(requests):
-            if request.processors:
+        for e, (_, processors) in enumerate(options):
+            if processors:
                 context = self._token_context[e]
                 contexts[e] = context.update_and_fetch(inputs[e : e + 1])
-        tokens, lazy = _draw_batch(head, requests, h, keys, contexts)
+        tokens, lazy = drawing(h, keys, contexts)
         self._next_tokens, self._next_logprobs = tokens, lazy
         mx.async_eval(tokens, list(contexts.values()))
         mx.eval(inputs)
@@ -393,21 +398,36 @@ class _Request:
     """How the tokens of one sequence of a batch are to be drawn; ``settings`` and
     ``readable`` are ``None`` where sampler and processors are not mlx-lm's own."""
 
-    sampler: Callable[[mx.array], mx.array]
-    processors: Sequence[Callable[[mx.array, mx.array], mx.array]]
+    sampler: Sampler
+    processors: Sequence[LogitsProcessor]
     settings: Settings | None
     readable: list[Processor] | None
 
     @classmethod
-    def read(cls, batch: Any, e: int, vocab_size: int) -> _Request:
-        sampler, processors = options_of(batch, e)
+    def read(cls, options: Options, vocab_size: int) -> _Request:
+        sampler, processors = options
         readable = read_processors(processors, vocab_size)
         return cls(sampler, processors, read_sampler(sampler), readable)
 
 
-def _worthwhile(head: FlashHead, requests: list[_Request]) -> bool:
+def batch_draw(head: FlashHead, options: Sequence[Options]) -> BatchDraw | None:
+    """How the tokens of a batch are drawn among candidates.
+
+    Args:
+        head: The head.
+        options: Sampler and logits processors of each sequence.
+
+    Returns:
+        A function of hidden states ``[B, D]``, keys and, by the number of their
+        sequence, the tokens so far of those that have processors. It gives tokens
+        ``[B]`` and lazy log-probabilities, ``[V]`` each. ``None`` where the dense
+        product is as fast.
+    """
+    requests = [_Request.read(one, head.vocab_size) for one in options]
     sorts = any(r.settings is not None and r.settings.sorts for r in requests)
-    return fits(head, Settings()) and not prefers_dense(head, len(requests), sorts)
+    if not fits(head, Settings()) or prefers_dense(head, len(requests), sorts):
+        return None
+    return partial(_draw_batch, head, requests)
 
 
 def _draw_batch(

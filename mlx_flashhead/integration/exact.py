@@ -21,7 +21,6 @@ from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..head import FlashHead, prefers_dense
 from ..sampling import Processor, Settings, coupled, draw, fits
@@ -105,14 +104,19 @@ class ExactDecoder:
         sampler: mlx-lm's or the user's; it is given log-probabilities ``[1, V]``.
           ``None`` is greedy.
         processors: Logits processors, likewise.
+        seed: Of the keys; ``None`` leaves it to MLX's generator.
+        position: Of the first token that is chosen, for its key.
     """
 
     def __init__(
         self,
         slot: FlashLinear,
-        model: nn.Module,
+        model: Callable[..., Any],
         sampler: Sampler | None,
         processors: Sequence[LogitsProcessor],
+        *,
+        seed: int | None = None,
+        position: int = 0,
     ):
         self.slot, self.head, self.model = slot, slot.head, model
         self.sampler: Sampler = sampler or (lambda x: mx.argmax(x, axis=-1))
@@ -122,7 +126,7 @@ class ExactDecoder:
         self.readable: list[Processor] | None = read_processors(
             processors, self.head.vocab_size
         )
-        self.keys = Keys()
+        self.keys = Keys(seed)
         self.longest = slot.verify_every
         self.count = _verification.get() or Verification()
         self._size = 1
@@ -130,7 +134,7 @@ class ExactDecoder:
         self._due: deque[Verified] = deque()  # the same, once their steps are undone
         self._rollback: Rollback | None = None
         self._served = 0  # steps of the chunk that the caller knows of
-        self._position = 0  # of the next token to be chosen, for its key
+        self._position = position  # of the next token to be chosen, for its key
 
     @property
     def known(self) -> bool:

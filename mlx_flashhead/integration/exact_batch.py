@@ -50,10 +50,7 @@ def exact_step(batch: Any, slot: FlashLinear) -> tuple[list[int], list[mx.array]
         if decoders[e].processors:
             latest = inputs[e : e + 1].astype(mx.int32)
             contexts[e] = mx.concatenate([buffers[e].tokens, latest])
-    if len(decoders) == 1 and decoders[0].drafts(batch.prompt_cache):
-        choices = [_alone(batch, decoders[0], contexts[0])]
-    else:
-        choices = _together(batch, slot.head, decoders, contexts)
+    choices = choose(batch, decoders, contexts)
     batch._current_tokens, batch._current_logprobs = inputs, batch._next_logprobs
     batch._next_tokens = mx.concatenate([token for token, _ in choices])
     batch._next_logprobs = [logprobs for _, logprobs in choices]
@@ -69,14 +66,29 @@ def exact_step(batch: Any, slot: FlashLinear) -> tuple[list[int], list[mx.array]
     return served, batch._current_logprobs
 
 
-def _decoders(batch: Any) -> dict[int, ExactDecoder]:
+def choose(
+    batch: Any, decoders: list[ExactDecoder], contexts: list[mx.array]
+) -> list[Choice]:
+    """What follows in each sequence of a batch, which has one at least.
+
+    Args:
+        batch: Of mlx-lm or mlx-vlm.
+        decoders: Of its sequences.
+        contexts: Their tokens so far, where they have processors.
+    """
+    if len(decoders) == 1 and decoders[0].drafts(batch.prompt_cache):
+        return [_alone(batch, decoders[0], contexts[0])]
+    return _together(batch, decoders, contexts)
+
+
+def decoders_of(batch: Any) -> dict[int, ExactDecoder]:
     """Decoders of a batch's sequences, by ``uid``."""
     found: dict[int, ExactDecoder] = vars(batch).setdefault("_exact", {})
     return found
 
 
 def _decoder(batch: Any, slot: FlashLinear, e: int) -> ExactDecoder:
-    decoders, uid = _decoders(batch), batch.uids[e]
+    decoders, uid = decoders_of(batch), batch.uids[e]
     if uid not in decoders:
         decoders[uid] = ExactDecoder(slot, batch.model, *options_of(batch, e))
     return decoders[uid]
@@ -89,17 +101,15 @@ def _alone(batch: Any, decoder: ExactDecoder, context: mx.array) -> Choice:
 
 
 def _together(
-    batch: Any,
-    head: FlashHead,
-    decoders: list[ExactDecoder],
-    contexts: list[mx.array],
+    batch: Any, decoders: list[ExactDecoder], contexts: list[mx.array]
 ) -> list[Choice]:
     """What follows in each sequence, by one dense product. Nothing waits for the device
     unless a filter may keep more than is looked at first."""
     for decoder in decoders:
         decoder.close()
+    head, model = decoders[0].head, decoders[0].model
     inputs = batch._next_tokens[:, None]
-    h = hidden_state(head, batch.model, inputs, cache=batch.prompt_cache)[:, -1]
+    h = hidden_state(head, model, inputs, cache=batch.prompt_cache)[:, -1]
     mx.async_eval(h)
     choices: dict[int, Choice] = {}
     for e, decoder in enumerate(decoders):
@@ -169,14 +179,14 @@ def _rows(tokens: mx.array) -> list[mx.array]:
 
 def settle(batch: Any) -> None:
     """Leave the caches of a batch as the steps that were taken would have."""
-    for decoder in _decoders(batch).values():
+    for decoder in decoders_of(batch).values():
         decoder.close()
 
 
 def leave(batch: Any) -> None:
     """The same, and forget what was verified: the batch is decoded otherwise now."""
     settle(batch)
-    _decoders(batch).clear()
+    decoders_of(batch).clear()
 
 
 def batch_extend(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,7 +197,7 @@ def batch_extend(stock: Callable[..., Any]) -> Callable[..., Any]:
         settle(self)
         settle(batch)
         result = stock(self, batch)
-        _decoders(self).update(_decoders(batch))
+        decoders_of(self).update(decoders_of(batch))
         return result
 
     return extend
@@ -200,7 +210,7 @@ def batch_filter(stock: Callable[..., Any]) -> Callable[..., Any]:
     def filter(self: Any, keep: list[int]) -> Any:
         settle(self)
         result = stock(self, keep)
-        decoders = _decoders(self)
+        decoders = decoders_of(self)
         for uid in decoders.keys() - set(self.uids):
             del decoders[uid]
         return result

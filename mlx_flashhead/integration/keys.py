@@ -11,9 +11,14 @@ from ..sampling import Settings
 
 class Keys:
     """Random keys, one after another, from a place that MLX's own generator chose: as
-    reproducible as that is by ``mx.random.seed``."""
+    reproducible as that is by ``mx.random.seed``.
 
-    def __init__(self) -> None:
+    Args:
+        seed: Chooses the place instead.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self._seed = seed
         self._start: list[int] | None = None
         self._n = 0
 
@@ -31,7 +36,8 @@ class Keys:
         if settings.greedy:
             return mx.zeros((k, 2), dtype=mx.uint32)
         if self._start is None:
-            words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32)
+            key = None if self._seed is None else mx.random.key(self._seed)
+            words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32, key=key)
             self._start = cast(list[int], words.tolist())
         high, low = self._start
         keys = [[high, (low + n + i) & 0xFFFFFFFF] for i in range(k)]

@@ -30,6 +30,8 @@ from .locate import (
     get_module,
     head_table,
     place,
+    resolve_path,
+    twins,
 )
 from .slots import Decoding, FlashLinear
 
@@ -135,11 +137,12 @@ def install(
     """
     section = read_section(folder)
     assert section is not None  # has_section()
-    path = section.head_path
     try:
+        path = resolve_path(model, section.head_path)
         table = head_table(get_module(model, path))
     except (HeadNotFound, AttributeError) as e:
         raise FormatError(f"{folder}: {e}; convert the model again") from None
+    paths = [path, *twins(model, path)]
     draft = section.drafting
     approximate = decoding == "approximate"
     own = None if approximate or draft.rows == "stored" else table
@@ -160,7 +163,8 @@ def install(
         # and the plain model's rows would be float32, too.
         head.rows = Table(head.rows.dequantize(mx.float32), bits=32)
     for_device(model)
-    place(model, path, head)
+    for path in paths:
+        place(model, path, head)
     for slot in flash_slots(model):
         slot.decoding, slot.stop_tokens = decoding, stop_tokens
         slot.verify_every = verify_every or draft.verify_every

@@ -128,7 +128,7 @@ def find_head(model: nn.Module) -> str:
 
 
 def _is_head(model: nn.Module, module: nn.Module, vocab_size: int) -> bool:
-    """Whether the model's logits rise with what a layer of the model is made to give."""
+    """Whether the model's logits rise with what one of its layers is made to give."""
     # Small values, so that soft-capping does not flatten the ramp.
     ramp = mx.linspace(0.0, 1.0, vocab_size)
 
@@ -160,6 +160,17 @@ def resolve_path(model: nn.Module, path: str) -> str:
         ):
             return name
     return find_head(model)
+
+
+def twins(model: nn.Module, path: str) -> list[str]:
+    """Paths of the embeddings that hold the very array of the head at ``path``: as such
+    mlx-vlm ties some, where mlx-lm has one layer for both."""
+    rows = get_module(model, path).weight
+    return [
+        name
+        for name, module in model.named_modules()
+        if name != path and isinstance(module, _EMBEDDING) and module.weight is rows
+    ]
 
 
 def _run(model: nn.Module, tokens: mx.array) -> mx.array:

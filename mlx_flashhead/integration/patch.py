@@ -22,7 +22,7 @@ import mlx_lm
 from mlx_lm import utils
 
 from ..folder.format import HEAD_FILE
-from . import decode, exact_batch, loading, samplers
+from . import decode, exact_batch, loading, samplers, vlm
 
 # Not "from mlx_lm import generate": that name is a function's.
 _generate = importlib.import_module("mlx_lm.generate")
@@ -96,6 +96,7 @@ def patch(
     # The file's name keeps it out of stock mlx-lm's sight, downloads included.
     patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
     _replace(_loading, utils, "DEFAULT_ALLOW_PATTERNS", patterns)
+    vlm.patch(_options)
 
 
 def stock_loader(name: str) -> Any:
@@ -243,6 +244,7 @@ def unpatch() -> None:
     """
     global _options
     _options = None
+    vlm.unpatch()
     for where in (_loading, _decoding):
         while where:
             owner, name, before = where.pop()

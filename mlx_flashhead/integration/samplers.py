@@ -8,6 +8,7 @@ user's own, and gets logits over the whole vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from types import FunctionType
@@ -30,11 +31,11 @@ def _closure(function: Any, name: str) -> dict[str, Any] | None:
     """Variables that a function of ``mlx_lm.sample_utils`` with this qualified name
     has closed over; ``None`` if it is another function, be it one with borrowed names
     (``functools.wraps``)."""
-    if (
-        not isinstance(function, FunctionType)
-        or function.__globals__ is not vars(sample_utils)
-        or function.__qualname__ != name
-    ):
+    if not isinstance(function, FunctionType) or function.__qualname__ != name:
+        return None
+    # mlx-vlm has a copy of the module.
+    modules = sample_utils, sys.modules.get("mlx_vlm.sample_utils", sample_utils)
+    if all(function.__globals__ is not vars(module) for module in modules):
         return None
     cells = (cell.cell_contents for cell in function.__closure__ or ())
     return dict(zip(function.__code__.co_freevars, cells))
@@ -45,6 +46,8 @@ def read_sampler(sampler: Any) -> Settings | None:
     greedy; ``None`` for any other function."""
     if sampler is None or sampler is getattr(sample_utils, "greedy_sampler", None):
         return Settings()
+    if _closure(sampler, "make_sampler.<locals>.<lambda>") == {}:
+        return Settings() if "argmax" in sampler.__code__.co_names else None
     variables = _closure(sampler, "make_sampler.<locals>.sampler")
     if variables is None or set(variables) != {"sampling_methods", "temp"}:
         return None
