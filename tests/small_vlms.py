@@ -16,6 +16,7 @@ import numpy as np
 import small_models
 from mlx.utils import tree_flatten
 from small_models import BOS, EOS, HIDDEN
+from tokenizers import Tokenizer
 
 VOCAB = 1003
 IMAGE, VISION_START, VISION_END = 300, 301, 302
@@ -117,6 +118,20 @@ CONFIGS = {
 }
 
 
+_MARKS = {
+    IMAGE: "image_pad",
+    VISION_START: "vision_start",
+    VISION_END: "vision_end",
+    303: "video_pad",
+}
+_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
 def build(name: str, seed: int = 0) -> tuple[nn.Module, dict]:
     """A random model of the above, and its configuration."""
     config = json.loads(json.dumps(CONFIGS[name]))
@@ -193,4 +208,30 @@ def write(name: str, folder: Path, seed: int = 0) -> Path:
     )
     (folder / "config.json").write_text(json.dumps(config))
     small_models.write_tokenizer(folder, VOCAB)
+    if name == "qwen3_vl":
+        _write_processor(folder)
     return folder
+
+
+def _write_processor(folder: Path) -> None:
+    """What makes Qwen3-VL's processor, which is plain Python, of a folder."""
+    path = folder / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    for token, name in _MARKS.items():
+        text = text.replace(f'"<{token}>"', f'"<|{name}|>"')
+    path.write_text(text, encoding="utf-8")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens([f"<|{name}|>" for name in _MARKS.values()])
+    tokenizer.save(str(path))
+    size = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"min_pixels": 256, "max_pixels": 1024}
+    kind = {"processor_class": "Qwen3VLProcessor"}
+    settings = kind | {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        **size,
+        **pixels,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | kind | {"chat_template": _TEMPLATE}
+    path.write_text(json.dumps(config))
