@@ -106,6 +106,7 @@ class ExactDecoder:
         processors: Logits processors, likewise.
         seed: Of the keys; ``None`` leaves it to MLX's generator.
         position: Of the first token that is chosen, for its key.
+        settings: Those of the sampler, where they cannot be read.
     """
 
     def __init__(
@@ -117,12 +118,13 @@ class ExactDecoder:
         *,
         seed: int | None = None,
         position: int = 0,
+        settings: Settings | None = None,
     ):
         self.slot, self.head, self.model = slot, slot.head, model
         self.sampler: Sampler = sampler or (lambda x: mx.argmax(x, axis=-1))
         self.processors = processors
         # Those of the sampler, where they are known; the processors, where all are.
-        self.settings: Settings | None = read_sampler(sampler)
+        self.settings: Settings | None = settings or read_sampler(sampler)
         self.readable: list[Processor] | None = read_processors(
             processors, self.head.vocab_size
         )

@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
 from ..head import FlashHead, prefers_dense
-from ..sampling import Drawn, Processor, Settings, draw, fits, logprobs
+from ..sampling import Drawn, Processor, Settings, Tempered, draw, fits, logprobs
 from . import exact_batch
 from .decode import Step, batch_draw, slot_of
 from .exact import ExactDecoder, LogitsProcessor, Sampler, Verified
@@ -55,11 +55,13 @@ class _Request:
         sampler: mlx-lm's, mlx-vlm's or the user's; ``None`` is greedy.
         processors: Logits processors, likewise.
         seed: Of the keys, where the sampler has one.
+        tempered: What it is like, where only the dense head draws so.
     """
 
     sampler: Sampler | None
     processors: Sequence[LogitsProcessor]
     seed: int | None = None
+    tempered: Tempered | None = None
 
     @classmethod
     def read(cls, sampler: Any, processors: Sequence[Any] | None) -> _Request | None:
@@ -69,20 +71,42 @@ class _Request:
             return None
         if not hasattr(sampler, "sample_target"):
             return cls(sampler, processors)
-        top_p, top_k = sampler.top_p, sampler.top_k
-        if 0 < top_p < 1 and (top_k > 0 or sampler.temperature != 1):
-            return None  # other filters than ours: at the temperature, and top-k first
-        alike = make_sampler(temp=sampler.temperature, top_p=top_p, top_k=top_k)
-        return cls(alike, processors, sampler.seed)
+        # mlx-vlm's, with a seed.
+        temp, top_p, top_k = sampler.temperature, sampler.top_p, sampler.top_k
+        tempered = None
+        if 0 < top_p < 1 and top_k > 0:
+            return None  # its filters come in another order than ours
+        if 0 < top_p < 1 and temp != 1:
+            tempered = Tempered(temp, top_p)
+        alike = make_sampler(temp=temp, top_p=top_p, top_k=top_k)
+        return cls(alike, processors, sampler.seed, tempered)
 
     def known(self, head: FlashHead) -> tuple[Settings, list[Processor]] | None:
         """Settings and processors, where one sequence's tokens are better drawn among
         candidates."""
-        settings = read_sampler(self.sampler)
+        settings = None if self.tempered else read_sampler(self.sampler)
         readable = read_processors(self.processors, head.vocab_size)
         if settings is None or readable is None or not fits(head, settings):
             return None
         return None if prefers_dense(head, 1, settings.sorts) else (settings, readable)
+
+    def decoder(
+        self,
+        slot: FlashLinear,
+        text: Callable[..., Any],
+        processors: Sequence[LogitsProcessor],
+        position: int = 0,
+    ) -> ExactDecoder:
+        """Finds tokens that are the dense head's own, from ``position`` on."""
+        return ExactDecoder(
+            slot,
+            text,
+            self.sampler,
+            processors,
+            seed=self.seed,
+            position=position,
+            settings=self.tempered,
+        )
 
 
 def generate_step(stock: Step) -> Step:
@@ -257,9 +281,7 @@ class _Exact(_StandIn):
         self, slot: FlashLinear, model: Any, request: _Request, max_tokens: int
     ):
         super().__init__(slot, model, request.processors)
-        self._decoder = ExactDecoder(
-            slot, self._text, request.sampler, request.processors, seed=request.seed
-        )
+        self._decoder = request.decoder(slot, self._text, request.processors)
         # mlx-vlm takes one step more than it yields tokens.
         self._left = max_tokens + 1 if max_tokens >= 0 else 1 << 62
         self._verified: deque[Verified] = deque()
@@ -340,17 +362,11 @@ def _exact_step(
     decoders, text = exact_batch.decoders_of(batch), _text_of(batch)
     for e, uid in enumerate(batch.uids):
         if uid not in decoders:
-            decoders[uid] = ExactDecoder(
-                slot,
-                text,
-                request.sampler,
-                _processors_of(batch, e),
-                seed=request.seed,
-                position=batch._num_tokens[e] + 1,
-            )
+            own, position = _processors_of(batch, e), batch._num_tokens[e] + 1
+            decoders[uid] = request.decoder(slot, text, own, position)
         decoders[uid].model = text
-    own = [decoders[uid] for uid in batch.uids]
-    choices = exact_batch.choose(batch, own, _contexts(batch))
+    in_order = [decoders[uid] for uid in batch.uids]
+    choices = exact_batch.choose(batch, in_order, _contexts(batch))
     tokens = mx.concatenate([token for token, _ in choices])
     return _finish(batch, tokens, [logprobs for _, logprobs in choices])
 
@@ -358,7 +374,10 @@ def _exact_step(
 def _approximate_step(
     batch: Any, head: FlashHead, request: _Request
 ) -> tuple[list[int], Any, Any, Any] | None:
-    """Tokens drawn among candidates; ``None`` where mlx-vlm's step is as fast."""
+    """Tokens drawn among candidates; ``None`` where mlx-vlm's step has to do or is as
+    fast."""
+    if request.tempered:
+        return None
     several = [_processors_of(batch, e) for e in range(len(batch.uids))]
     sampler = request.sampler or make_sampler()
     drawing = batch_draw(head, [(sampler, own) for own in several])

@@ -1,7 +1,7 @@
 """Tokens drawn among a FlashHead's candidates, the whole vocabulary counted."""
 
 from .draw import Drawn, draw, fits, full_logits, logprobs
-from .settings import Bias, Penalty, Processor, Settings
+from .settings import Bias, Penalty, Processor, Settings, Tempered
 
 __all__ = [
     "Bias",
@@ -9,6 +9,7 @@ __all__ = [
     "Penalty",
     "Processor",
     "Settings",
+    "Tempered",
     "draw",
     "fits",
     "full_logits",
