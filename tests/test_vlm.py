@@ -25,6 +25,7 @@ from test_server import environment, run, serving
 from mlx_flashhead import flash_heads, load, patch, unpatch
 from mlx_flashhead.integration.exact import verification
 from mlx_flashhead.integration.locate import find_head, flash_slots, resolve_path
+from mlx_flashhead.run import run as run_here
 from mlx_flashhead.sampling import Tempered, coupled
 
 # The package has functions of some of these names.
@@ -61,6 +62,13 @@ def vlm(request, folders):
     """Name, plain model and converted folder."""
     source, folder = folders[request.param]
     return request.param, utils.load_model(source), folder
+
+
+def each(first):
+    """All models in the full suite, in the quick one only the first."""
+    others = [name for name in HEADS if name != first]
+    marked = [pytest.param(name, marks=pytest.mark.full) for name in others]
+    return pytest.mark.parametrize("vlm", [first, *marked], indirect=True)
 
 
 def load_flash(folder, **options):
@@ -144,13 +152,19 @@ def test_exact_tokens_are_the_dense_head_s(vlm):
     model = load_flash(folder)
     with verification() as count:
         # Beyond Gemma's window of 24 tokens, in pieces and at once.
-        assert tokens(model, name, 70) == tokens(plain, name, 70)
+        assert tokens(model, name, 50) == tokens(plain, name, 50)
         whole = {"which": 1, "prefill_step_size": None}
-        assert tokens(model, name, 70, **whole) == tokens(plain, name, 70, which=1)
-    assert count.accepted > 60 and count.waste < 0.6
+        assert tokens(model, name, 30, **whole) == tokens(plain, name, 30, which=1)
+    assert count.accepted > 50 and count.waste < 0.6
     biased = {"repetition_penalty": 1.4, "logit_bias": {7: 4.0, 9: -3.0}}
     assert tokens(model, name, **biased) == tokens(plain, name, **biased)
-    # Settings of mlx-vlm's that have no candidates, and a sampler of the user's own.
+
+
+@each("lfm2-vl")
+def test_exact_tokens_are_those_of_other_samplers(vlm):
+    """Settings of mlx-vlm's that have no candidates, and one of the user's own."""
+    name, plain, folder = vlm
+    model = load_flash(folder)
     for options in (
         {"temperature": 0.8, "p_less": True},
         {"sampler": lambda x: mx.random.categorical(x * 1.2)},
@@ -162,6 +176,7 @@ def test_exact_tokens_are_the_dense_head_s(vlm):
         assert found == tokens(plain, name, **options)
 
 
+@each("qwen3_vl")
 def test_what_is_left_to_mlx_vlm(vlm):
     name, plain, folder = vlm
     model = load_flash(folder)
@@ -185,26 +200,29 @@ def test_what_is_left_to_mlx_vlm(vlm):
     assert found.count(65) >= 3 and count.steps == 0
 
 
+@each("gemma3")
 def test_seeds_draw_the_same_for_any_draft(vlm):
     name, _, folder = vlm
     found = []
     for draft in ({}, {"n_probes": 90}, {"verify_every": 5}):
         model = load_flash(folder, **draft)
         options = [{"seed": 3}, {"seed": 4}, {"seed": 3, "top_p": 0.8}]
-        found.append([tokens(model, name, temperature=0.8, **o) for o in options])
+        found.append([tokens(model, name, 24, temperature=0.8, **o) for o in options])
         mx.random.seed(1)
-        found[-1].append(tokens(model, name, temperature=0.8, min_p=0.02))
+        found[-1].append(tokens(model, name, 24, temperature=0.8, top_p=0.9))
     assert found[0] == found[1] == found[2]
     assert len(set(map(tuple, found[0]))) == 4
 
 
+@each("lfm2-vl")
 def test_approximate(vlm):
     name, plain, folder = vlm
-    # All clusters but one: on a CPU all are the dense product.
-    model = load_flash(folder, exact=False, n_probes=CLUSTERS - 1)
+    # All clusters but one, and on a CPU the dense product for all, in 8 bits.
+    some = load_flash(folder, exact=False, n_probes=CLUSTERS - 1)
+    every = load_flash(folder, exact=False, n_probes=CLUSTERS)
     for options in ({}, {"repetition_penalty": 1.4}):
-        assert tokens(model, name, **options) == tokens(plain, name, **options)
-    model = load_flash(folder, exact=False, n_probes=3)
+        assert tokens(some, name, 24, **options) == tokens(every, name, 24, **options)
+    model = load_flash(folder, exact=False, n_probes=30)
     few = tokens(model, name)
     assert len(few) == 40 and few != tokens(plain, name)
     drawn = [tokens(model, name, temperature=0.8, seed=seed) for seed in (3, 3, 4)]
@@ -260,7 +278,7 @@ def test_leaving_early_leaves_the_cache_of_the_steps_taken(vlm):
 def test_filters_at_the_temperature(tied_folder):
     """The distribution is that of mlx-vlm's sampler with a seed."""
     model, _ = load(tied_folder)
-    head, n = next(flash_heads(model)), 20_000
+    head, n = next(flash_heads(model)), 6000
     logits = mx.random.normal((1, head.vocab_size)) * 1.5
     keys = mx.stack([mx.full((n,), 3), mx.arange(n)], axis=1).astype(mx.uint32)
     ids = head.token_ids.reshape(-1)[: head.vocab_size]
@@ -272,7 +290,7 @@ def test_filters_at_the_temperature(tied_folder):
     kept = sample_utils.apply_top_p(tempered, 0.8)
     wanted = np.array(mx.softmax(kept, axis=-1))[0]
     assert 5 < (wanted > 0).sum() < 500 and found[wanted == 0].sum() == 0
-    assert np.abs(found - wanted).sum() / 2 < 0.04
+    assert np.abs(found - wanted).sum() / 2 < 0.07
     # At temperature 1 it would be another.
     plain = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     other = mx.softmax(sample_utils.apply_top_p(plain, 0.8) / 0.5, axis=-1)
@@ -320,18 +338,18 @@ def batch(model, name, requests, sampler=None, apart=3, **options):
     return [[r.token for r in one] for one in values], values
 
 
-REQUESTS = [(40, []), (12, []), (25, []), (9, [])]
+REQUESTS = [(24, []), (7, []), (15, []), (5, [])]
 
 
 def test_exact_batches(vlm):
     name, plain, folder = vlm
     model = load_flash(folder)
     penalty = ar.make_logits_processors(repetition_penalty=1.4)
-    for requests in (REQUESTS, REQUESTS[:1], [(20, []), (30, penalty)]):
+    for requests in (REQUESTS, REQUESTS[:1], [(10, []), (16, penalty)]):
         with verification() as count:
             found, responses = batch(model, name, requests, top_logprobs_k=3)
         wanted, others = batch(plain, name, requests, top_logprobs_k=3)
-        assert found == wanted and count.accepted > 8
+        assert found == wanted and count.accepted > 4
         for ours, theirs in zip(chain(*responses), chain(*others), strict=True):
             assert ours.token_logprob == pytest.approx(theirs.token_logprob, abs=1e-4)
             assert (ours.top_logprobs is None) == (theirs.top_logprobs is None)
@@ -341,6 +359,7 @@ def test_exact_batches(vlm):
                 )
 
 
+@each("qwen3_vl")
 def test_sampled_batches(vlm):
     name, plain, folder = vlm
 
@@ -391,7 +410,8 @@ def test_generate_stream_and_go_on(folders, picture):
         whole = mlx_vlm.generate(model, processor, prompt, image=picture, max_tokens=24)
         # Until a token that ends the text; then another turn with the same cache.
         state, texts = common.PromptCacheState(), []
-        stop = {"logit_bias": {EOS: 6.0}, "prompt_cache_state": state}
+        stop = {"prompt_cache_state": state}
+        processor.tokenizer.stopping_criteria.add_eos_token_ids(whole.token_ids[9])
         for more in ("", " And then?"):
             pieces = mlx_vlm.stream_generate(
                 model, processor, prompt + more, image=picture, max_tokens=24, **stop
@@ -415,11 +435,15 @@ def test_generate_stream_and_go_on(folders, picture):
 def test_the_command(folders, picture):
     source, folder = folders["qwen3_vl"]
     words = ("--prompt", QUESTION, "--image", picture, "--max-tokens", "12")
-    stock = run("mlx_vlm", "generate", "--model", str(source), *words).stdout
-    ours = run("mlx_flashhead.run", "mlx_vlm.generate", "--model", str(folder), *words)
-    assert len(ours.stdout.strip()) > 10 and ours.stdout.strip() in stock
-    done = run("mlx_flashhead.run", "mlx_vlm.nothing", code=1)
-    assert "Error: mlx_vlm.nothing is no command of mlx-lm or mlx-vlm" in done.stderr
+    done = run("mlx_flashhead.run", "mlx_vlm.generate", "--model", str(folder), *words)
+    plain, processor = mlx_vlm.load(str(source))
+    prompt = mlx_vlm.apply_chat_template(
+        processor, plain.config, QUESTION, num_images=1
+    )
+    wanted = mlx_vlm.generate(plain, processor, prompt, image=picture, max_tokens=12)
+    assert done.stdout.strip() == wanted.text.strip()
+    with pytest.raises(ValueError, match="mlx_vlm.nothing is no command of mlx-lm or"):
+        run_here("mlx_vlm.nothing", [])
 
 
 def test_the_server(folders, picture, tmp_path):
