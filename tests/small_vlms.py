@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 import small_models
 from mlx.utils import tree_flatten
+from PIL import Image
 from small_models import BOS, EOS, HIDDEN
 from tokenizers import Tokenizer
 
@@ -235,3 +236,9 @@ def _write_processor(folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text()) | kind | {"chat_template": _TEMPLATE}
     path.write_text(json.dumps(config))
+
+
+def picture(file: Path) -> None:
+    """A picture of noise."""
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)

@@ -31,6 +31,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import small_models
+import small_vlms
 from click.testing import CliRunner
 from documents import ROOT, SECTIONS, Section, words
 from mlx_flashhead.convert import convert
@@ -133,7 +134,7 @@ ONCE = {
 TYPED = {"mlx_flashhead.chat": "Hello\nq\n"}
 # A command leaves the file or folder that one of these names.
 MADE_BY = {"--mlx-path", "--plot", "--markdown", "--states", "--prompt-cache-file"}
-SERVERS = ("mlx_flashhead.server",)
+SERVERS = ("mlx_flashhead.server", "mlx_flashhead.run mlx_vlm.server")
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 
@@ -175,6 +176,9 @@ class Place:
             ("qwen", "qwen3-0.6b-flash"),
         ):
             convert(str(sources / source), self.things / name, verbose=False)
+        seeing = small_vlms.write("qwen3_vl", sources / "seeing")
+        self._add("Qwen/Qwen3-VL-2B-Instruct", seeing)
+        small_vlms.picture(self.things / "photo.png")
         # As if it had been uploaded.
         self._add("you/gemma-3-1b-flash", self.things / "gemma-3-1b-flash")
         gguf = self.things / "MODEL.gguf"

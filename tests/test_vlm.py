@@ -18,7 +18,6 @@ import pytest
 import small_vlms
 from mlx.utils import tree_flatten
 from mlx_flashhead.convert import convert
-from PIL import Image
 from small_models import EOS
 from test_server import environment, run, serving
 
@@ -181,10 +180,11 @@ def test_what_is_left_to_mlx_vlm(vlm):
     name, plain, folder = vlm
     model = load_flash(folder)
     quantized = {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 30}
-    if name == "qwen3_vl":  # the others have caches that mlx-vlm does not quantize
-        with pytest.MonkeyPatch.context() as context:
-            context.setattr(common.cache.KVCache, "to_quantized", lambda c, **_: c)
-            assert tokens(model, name, **quantized) == tokens(plain, name, **quantized)
+    with pytest.MonkeyPatch.context() as context, verification() as count:
+        # Heads of 16 numbers are too narrow for it.
+        context.setattr(common.cache.KVCache, "to_quantized", lambda c, **_: c)
+        assert tokens(model, name, **quantized) == tokens(plain, name, **quantized)
+    assert count.steps == 0
 
     class Budget:
         def __init__(self):
@@ -349,7 +349,7 @@ def test_exact_batches(vlm):
         with verification() as count:
             found, responses = batch(model, name, requests, top_logprobs_k=3)
         wanted, others = batch(plain, name, requests, top_logprobs_k=3)
-        assert found == wanted and count.accepted > 4
+        assert found == wanted and count.accepted > 1
         for ours, theirs in zip(chain(*responses), chain(*others), strict=True):
             assert ours.token_logprob == pytest.approx(theirs.token_logprob, abs=1e-4)
             assert (ours.top_logprobs is None) == (theirs.top_logprobs is None)
@@ -394,8 +394,7 @@ QUESTION = "What is it?"
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("picture") / "a.png"
-    pixels = np.random.default_rng(0).integers(0, 255, (20, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    small_vlms.picture(path)
     return str(path)
 
 
