@@ -118,6 +118,30 @@ CONFIGS = {
     },
 }
 
+# Like Qwen3-VL, but for a text model with recurrent layers and a head of its own.
+CONFIGS["qwen3_5"] = CONFIGS["qwen3_vl"] | {
+    "model_type": "qwen3_5",
+    "text_config": _TEXT
+    | {
+        "model_type": "qwen3_5_text",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "full_attention_interval": 2,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "rope_parameters": {
+            "type": "default",
+            "mrope_section": [4, 2, 2],
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+        },
+    },
+    "vision_config": CONFIGS["qwen3_vl"]["vision_config"]
+    | {"model_type": "qwen3_5", "deepstack_visual_indexes": []},
+}
 
 _MARKS = {
     IMAGE: "image_pad",
@@ -180,7 +204,7 @@ def prompt(name: str, seed: int = 0, n: int = 12) -> dict[str, mx.array]:
     if name == "gemma3":
         pixels = rng.standard_normal((1, 3, 16, 16))
         ids, extra = [BOS, *[IMAGE] * 4, *text], {}
-    elif name == "qwen3_vl":
+    elif name.startswith("qwen3"):
         pixels = rng.standard_normal((32, 3 * 2 * 4 * 4))
         extra = {"image_grid_thw": mx.array([[1, 4, 8]])}
         ids = [BOS, VISION_START, *[IMAGE] * 8, VISION_END, *text]
