@@ -48,7 +48,8 @@ def patch(
     """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
     decoding (``generate``, ``stream_generate``, ``batch_generate``, the server, ...)
     draw among its candidates. Other models load and decode as before. The order of
-    imports does not matter. On a CPU back-end models with a FlashHead compute in
+    imports does not matter. mlx-vlm is taught the same where it is installed, in the
+    version of the extra ``vlm``. On a CPU back-end models with a FlashHead compute in
     float32. A second call replaces the first.
 
     From then on, ``mlx_lm.load`` raises ``FormatError`` for a converted folder that is
@@ -67,6 +68,9 @@ def patch(
 
     Raises:
         PatchError: The installed mlx-lm is not as expected. mlx-lm is as it came then.
+
+    Warns:
+        UserWarning: The installed mlx-vlm is not; it is left as it came.
     """
     global _options
     unpatch()
