@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import mlx.nn as nn
-from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .folder.format import HEAD_FILE
 from .integration import loading
 from .integration.patch import patch_decoding, stock_loader
 
@@ -85,7 +83,6 @@ def load(
           Hugging Face id.
         FileNotFoundError: There is no model there, or the hub cannot be reached; other
           errors of the hub come as they are.
-        PatchError: The installed mlx-lm is not one that this package knows.
     """
     options = dict(kwargs)
     adapter_path = options.pop("adapter_path", None)
@@ -94,8 +91,7 @@ def load(
     # Left out, transformers asks on the terminal whether a tokenizer's code may run.
     tokenizer_config = {"trust_remote_code": options.get("trust_remote_code", False)}
     tokenizer_config |= options.pop("tokenizer_config", None) or {}
-    patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
-    folder = utils._download(str(path_or_hf_repo), revision, patterns)
+    folder = loading.download(stock_loader("_download"), str(path_or_hf_repo), revision)
     model, config = loading.load_model(
         stock_loader("load_model"),
         folder,

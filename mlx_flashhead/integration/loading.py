@@ -15,12 +15,13 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..compute.device import for_device, on_gpu
 from ..compute.table import Table
 from ..folder import integrity
-from ..folder.format import load_head
+from ..folder.format import HEAD_FILE, load_head
 from ..folder.section import FormatError, has_section, read_section
 from .locate import (
     HeadNotFound,
@@ -32,6 +33,28 @@ from .locate import (
     place,
 )
 from .slots import Decoding, FlashLinear
+
+# What mlx-lm downloads of a model, where no constant of its own says so (before 0.32).
+_PATTERNS = [
+    *("*.json", "*.jsonl", "*.jinja", "*.txt", "*.py", "*.tiktoken"),
+    *("model*.safetensors", "tokenizer.model", "tiktoken.model"),
+]
+
+
+def download_patterns() -> list[str]:
+    """Names of the files that a model consists of on the hub, its FlashHead's too."""
+    return [*getattr(utils, "DEFAULT_ALLOW_PATTERNS", _PATTERNS), HEAD_FILE]
+
+
+def download(
+    stock: Callable[..., Path],
+    path_or_hf_repo: str,
+    revision: str | None = None,
+    allow_patterns: list[str] | None = None,
+) -> Path:
+    """``mlx_lm.utils._download``, a FlashHead included where it is to be all that a
+    model has."""
+    return stock(path_or_hf_repo, revision, allow_patterns or download_patterns())
 
 
 def switched_off() -> bool:
@@ -67,7 +90,8 @@ def load_model(
         FormatError: The folder is damaged, or changed since its conversion.
     """
     with refusing(model_path):
-        converted = has_section(model_path)
+        # mlx-lm's sharded_load asks for a model whose weights are not there yet.
+        converted = has_section(model_path) and bool(integrity.weight_files(model_path))
         decoding = _decoding(model_path, dense, exact) if converted else None
         guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if converted:

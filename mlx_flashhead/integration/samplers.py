@@ -8,6 +8,7 @@ user's own, and gets logits over the whole vocabulary.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import fields
 from types import FunctionType
@@ -17,6 +18,8 @@ from mlx_lm import sample_utils
 
 from ..sampling.settings import Bias, Penalty, Processor, Settings
 
+# Not "from mlx_lm import generate": that name is a function's.
+_generate = importlib.import_module("mlx_lm.generate")
 _PENALTIES = ("repetition", "presence", "frequency")
 _METHODS = {
     ("top_p",): "apply_top_p",
@@ -43,7 +46,7 @@ def _closure(function: Any, name: str) -> dict[str, Any] | None:
 def read_sampler(sampler: Any) -> Settings | None:
     """Settings of a sampler that ``make_sampler`` made, or of ``None``, which is
     greedy; ``None`` for any other function."""
-    if sampler is None or sampler is getattr(sample_utils, "greedy_sampler", None):
+    if sampler is None or _is_greedy(sampler):
         return Settings()
     variables = _closure(sampler, "make_sampler.<locals>.sampler")
     if variables is None or set(variables) != {"sampling_methods", "temp"}:
@@ -61,6 +64,21 @@ def read_sampler(sampler: Any) -> Settings | None:
         return None
     settings["xtc_special_tokens"] = tuple(settings.get("xtc_special_tokens", ()))
     return _checked(Settings(**settings))
+
+
+def _is_greedy(sampler: Any) -> bool:
+    """Whether a function is mlx-lm's own that takes the likeliest token: it has a name,
+    or was written where it was needed (before 0.32)."""
+    if sampler is getattr(sample_utils, "greedy_sampler", None):
+        return True
+    return (
+        isinstance(sampler, FunctionType)
+        and sampler.__name__ == "<lambda>"
+        and any(sampler.__globals__ is vars(m) for m in (sample_utils, _generate))
+        and sampler.__closure__ is None
+        and sampler.__code__.co_names == ("mx", "argmax")
+        and -1 in sampler.__code__.co_consts
+    )
 
 
 def _checked(settings: Settings) -> Settings | None:
