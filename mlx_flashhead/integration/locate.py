@@ -18,6 +18,8 @@ from .slots import FlashEmbedding, FlashLinear, intercepted
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+# What models of text and images name their text model.
+_TEXT_MODEL = "language_model"
 
 
 class HeadNotFound(ValueError):
@@ -115,16 +117,7 @@ def find_head(model: nn.Module) -> str:
         vocab_size = _run(model, tokens).shape[-1]
     tried = [path for path, width in reversed(widths) if width == vocab_size]
     for path in dict.fromkeys(tried):
-        # Small values, so that soft-capping does not flatten the ramp.
-        ramp = mx.linspace(0.0, 1.0, vocab_size)
-
-        def replace(x: mx.array, y: mx.array, ramp: mx.array = ramp) -> mx.array:
-            return mx.broadcast_to(ramp, (*y.shape[:-1], vocab_size))
-
-        with _watched(layers[path], replace):
-            logits = _run(model, tokens)[0, -1].astype(mx.float32)
-        rises = (logits[1:] >= logits[:-1]).all() & (logits[-1] > logits[0])
-        if rises.item():
+        if _is_head(model, layers[path], vocab_size):
             return path
     wide = sorted({p for p, width in widths}, key=len)[:8] or sorted(layers)[:8]
     looked = ", ".join(tried) if tried else f"{', '.join(wide)} and others"
@@ -134,6 +127,41 @@ def find_head(model: nn.Module) -> str:
     )
 
 
+def _is_head(model: nn.Module, module: nn.Module, vocab_size: int) -> bool:
+    """Whether the model's logits rise with what a layer of the model is made to give."""
+    # Small values, so that soft-capping does not flatten the ramp.
+    ramp = mx.linspace(0.0, 1.0, vocab_size)
+
+    def replace(x: mx.array, y: mx.array) -> mx.array:
+        return mx.broadcast_to(ramp, (*y.shape[:-1], vocab_size))
+
+    with _watched(module, replace):
+        logits = _run(model, mx.array([[0, 1]]))[0, -1].astype(mx.float32)
+    if len(logits) != vocab_size:
+        return False
+    rises = (logits[1:] >= logits[:-1]).all() & (logits[-1] > logits[0])
+    return bool(rises.item())
+
+
+def resolve_path(model: nn.Module, path: str) -> str:
+    """Path of the head in a model of another package, such as mlx-vlm's, that stands at
+    ``path`` in mlx-lm's model of the same weights: with or without the text model's
+    name before it, or in a layer of its own where mlx-lm has a tied one.
+
+    Raises:
+        HeadNotFound: The model has no head that can be found.
+    """
+    bare = path.removeprefix(f"{_TEXT_MODEL}.")
+    modules = dict(model.named_modules())
+    for name in (path, bare, f"{_TEXT_MODEL}.{bare}"):
+        module = modules.get(name)
+        if isinstance(module, (*_LINEAR, *_EMBEDDING)) and _is_head(
+            model, module, module.weight.shape[0]
+        ):
+            return name
+    return find_head(model)
+
+
 def _run(model: nn.Module, tokens: mx.array) -> mx.array:
     """The model's logits.
 
@@ -141,7 +169,12 @@ def _run(model: nn.Module, tokens: mx.array) -> mx.array:
         HeadNotFound: The model's code does not run on tokens alone, or gives no array.
     """
     try:
-        logits = model(tokens)
+        try:
+            logits = model(tokens)
+        except TypeError:  # some models ask for an image, too
+            if _TEXT_MODEL not in model:
+                raise
+            logits = model[_TEXT_MODEL](tokens)
         return logits if isinstance(logits, mx.array) else logits.logits
     # Whatever the code of a model raises.
     except Exception as e:
