@@ -261,8 +261,8 @@ def test_an_unknown_mlx_lm_decodes_by_itself(untied_folder, monkeypatch, exact):
     generate = importlib.import_module("mlx_lm.generate")
     stock = generate.generate_step
 
-    def generate_step(prompt, net, **options):
-        yield from stock(prompt, net, **options)
+    def generate_step(prompt, net, *args, **options):
+        yield from stock(prompt, net, *args, **options)
 
     monkeypatch.setattr(generate, "generate_step", generate_step)
     with pytest.warns(UserWarning, match="generate_step has changed"):

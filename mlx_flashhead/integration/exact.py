@@ -184,6 +184,11 @@ class ExactDecoder:
         self._due.extend(self._ahead)
         self._ahead.clear()
 
+    def restart(self) -> None:
+        """The same, and forget what was verified: another token comes next."""
+        self.close()
+        self._due.clear()
+
     @property
     def due(self) -> Verified | None:
         """The next token, where it is verified and the prompt cache is behind it."""

@@ -22,7 +22,7 @@ from ..compute.device import for_device, on_gpu
 from ..compute.table import Table
 from ..folder import integrity
 from ..folder.format import HEAD_FILE, load_head
-from ..folder.section import FormatError, has_section, read_section
+from ..folder.section import FormatError, Section, has_section, read_section
 from .locate import (
     HeadNotFound,
     find_transform,
@@ -31,6 +31,7 @@ from .locate import (
     get_module,
     head_table,
     place,
+    resolve_path,
 )
 from .slots import Decoding, FlashLinear
 
@@ -106,7 +107,7 @@ def load_model(
                 decoding,
                 n_probes=n_probes,
                 verify_every=verify_every,
-                stop_tokens=_stop_tokens(config),
+                stop_tokens=stop_tokens_of(config),
             )
         elif converted:
             for_device(model)
@@ -131,10 +132,22 @@ def _decoding(folder: Path, dense: bool, exact: bool) -> Decoding | None:
     return None
 
 
-def _stop_tokens(config: dict[str, Any]) -> frozenset[int]:
+def stop_tokens_of(config: dict[str, Any]) -> frozenset[int]:
     """Ids that end a text, as a config has them."""
     ids = config.get("eos_token_id")
     return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+
+def head_path(model: nn.Module, folder: str | Path, section: Section) -> str:
+    """Path of the model's head that a folder's FlashHead stands for.
+
+    Raises:
+        FormatError: The model has no such head.
+    """
+    try:
+        return resolve_path(model, section.head_path)
+    except HeadNotFound as e:
+        raise FormatError(f"{folder}: {e}; convert the model again") from None
 
 
 def install(
@@ -159,11 +172,8 @@ def install(
     """
     section = read_section(folder)
     assert section is not None  # has_section()
-    path = section.head_path
-    try:
-        table = head_table(get_module(model, path))
-    except (HeadNotFound, AttributeError) as e:
-        raise FormatError(f"{folder}: {e}; convert the model again") from None
+    path = head_path(model, folder, section)
+    table = head_table(get_module(model, path))
     draft = section.drafting
     approximate = decoding == "approximate"
     own = None if approximate or draft.rows == "stored" else table

@@ -128,7 +128,7 @@ def find_head(model: nn.Module) -> str:
 
 
 def _is_head(model: nn.Module, module: nn.Module, vocab_size: int) -> bool:
-    """Whether the model's logits rise with what a layer of the model is made to give."""
+    """Whether the model's logits rise with what one of its layers is made to give."""
     # Small values, so that soft-capping does not flatten the ramp.
     ramp = mx.linspace(0.0, 1.0, vocab_size)
 

@@ -1,0 +1,166 @@
+"""Put a FlashHead into a model that is loaded already, and take it out again.
+
+The rows are the model's own, in another order: where they stood, nothing is left of
+them, so that a model with a FlashHead takes the memory of the model without. Taken out,
+they go back into the module that stood there, in the order of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from ..compute.device import for_device
+from ..compute.table import Table
+from ..folder.format import table_sha256
+from ..folder.section import FormatError, read_config, read_section
+from .loading import head_path, install, stop_tokens_of
+from .locate import flash_slots, get_module, head_table, set_module
+from .slots import Before
+
+# Of a linear or embedding layer, those that Table.arrays has, in its order.
+_ARRAYS = ("weight", "scales", "biases")
+
+
+def attach(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    n_probes: int | None = None,
+    exact: bool = False,
+    verify_every: int | None = None,
+) -> nn.Module:
+    """Put a FlashHead into a model that is loaded already, whoever loaded it: nothing
+    of mlx-lm is patched or asked for its version.
+
+    ``model(tokens)`` then gives logits of the whole vocabulary ``[B, L, V]`` as before.
+    Where ``L`` is 1 they come from a fraction of the rows: exact where probed,
+    estimated elsewhere. Longer inputs, which are prompts, have exact ones. Loops of
+    your own, mlx-lm's functions and any sampler work on. On a CPU back-end the model
+    computes in float32 until :func:`detach`.
+
+    Args:
+        model: The model; its own rows are used, in another order. The layer that had
+          them cannot be called meanwhile.
+        folder: A converted folder of the same model.
+        n_probes: Clusters probed per decoded token, instead of the stored number.
+        exact: Decode with the model's own tokens: by :class:`mlx_flashhead.Decoder`, or
+          by mlx-lm after :func:`mlx_flashhead.patch_decoding`. ``model(tokens)`` by
+          itself cannot draft, and then gives the dense head's logits from all rows.
+        verify_every: Tokens that are verified at once where it is exact, instead of the
+          stored number.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FormatError: The folder has no FlashHead, or a damaged one, or another model's.
+          Nothing is changed then. It is a ``ValueError`` of one line.
+        ValueError: The model has a FlashHead already.
+    """
+    if next(flash_slots(model), None) is not None:
+        raise ValueError(
+            "the model has a FlashHead already: take it out (mlx_flashhead.detach), or "
+            "load the model with the dense head (dense=True)"
+        )
+    section = read_section(folder)
+    if section is None:
+        raise FormatError(
+            f"{folder} has no FlashHead; make one with mlx_flashhead.convert"
+        )
+    path = head_path(model, folder, section)
+    module = get_module(model, path)
+    if not _has_digest(head_table(module), section.head_sha256):
+        raise FormatError(
+            f"{folder}: its FlashHead is another model's: the rows of {path} are not "
+            "those that were converted; convert this model"
+        )
+    dtypes = _dtypes(model)
+    if n_probes is None and not exact:
+        n_probes = section.n_probes
+    config = read_config(folder) if Path(folder).is_dir() else {}
+    install(
+        model,
+        folder,
+        "exact",  # with the model's own rows
+        n_probes=n_probes,
+        verify_every=verify_every,
+        stop_tokens=stop_tokens_of(config),
+    )
+    (slot,) = flash_slots(model)
+    slot.decoding = "exact" if exact else "approximate"
+    head = slot.head
+    # Padding repeats a row that exists; it is masked wherever logits are made.
+    index = mx.where(head.token_ids < head.vocab_size, head.token_ids, 0)
+    head.rows = head_table(module).map(lambda a: a[index])
+    for other in _places(model, module):
+        set_module(model, other, slot)
+    mx.eval(for_device(model).parameters())
+    for name in _ARRAYS:
+        module.pop(name, None)
+    now = _dtypes(model)
+    cast = {n: dtype for n, dtype in dtypes.items() if n not in now or now[n] != dtype}
+    slot.before = Before(module, cast)
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take out the FlashHead that :func:`attach` put in: the layers that stood there
+    stand there again, with the same weights, bit for bit.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has none that was attached.
+    """
+    slot = next((s for s in flash_slots(model) if s.before is not None), None)
+    if slot is None or slot.before is None:
+        raise ValueError(
+            "the model has no FlashHead that mlx_flashhead.attach put in; load it "
+            "again with the dense head (dense=True)"
+        )
+    head, before = slot.head, slot.before
+    rows = head.rows.flat.map(lambda a: a[head.positions])
+    for name, array in zip(_ARRAYS, rows.arrays, strict=True):
+        if array is not None:
+            before.module[name] = array
+    for path in _places(model, slot):
+        set_module(model, path, before.module)
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    cast = [
+        (name, parameters[name].astype(dtype))
+        for name, dtype in before.dtypes.items()
+        if name in parameters
+    ]
+    model.update(tree_unflatten(cast))
+    mx.eval(model.parameters())
+    return model
+
+
+def _has_digest(table: Table, digest: str | None) -> bool:
+    """Whether rows have a digest, be it before they were cast to float32; those of
+    folders without one are not known."""
+    if digest is None or table_sha256(table) == digest:
+        return True
+
+    def narrowed(dtype: mx.Dtype) -> Table:
+        return table.map(lambda a: a.astype(dtype) if a.dtype == mx.float32 else a)
+
+    if table.dtype != mx.float32:
+        return False
+    narrow = (narrowed(dtype) for dtype in (mx.bfloat16, mx.float16))
+    return any(table_sha256(rows) == digest for rows in narrow)
+
+
+def _places(model: nn.Module, module: nn.Module) -> list[str]:
+    """Paths of a module; it may stand at several."""
+    return [path for path, other in model.named_modules() if other is module]
+
+
+def _dtypes(model: nn.Module) -> dict[str, mx.Dtype]:
+    parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+    return {name: array.dtype for name, array in parameters.items()}
