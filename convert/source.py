@@ -19,6 +19,7 @@ from mlx_flashhead.compute.table import Table
 from mlx_flashhead.folder import integrity
 from mlx_flashhead.folder.format import HEAD_FILE
 from mlx_flashhead.folder.section import FormatError, has_section
+from mlx_flashhead.integration.loading import trusting
 
 if TYPE_CHECKING:
     from .gguf import GGUFModel
@@ -63,7 +64,7 @@ class Source:
                     return_config=True,
                     lazy=True,
                     tokenizer_config={"trust_remote_code": self.trust_remote_code},
-                    trust_remote_code=self.trust_remote_code,
+                    **trusting(utils.load, self.folder, self.trust_remote_code),
                 )
         except FormatError as e:
             raise SourceError(str(e)) from e
@@ -83,9 +84,8 @@ class Source:
     def load_for_calibration(self) -> nn.Module:
         """The model once more, to be run: on a CPU dequantized and in float32, where
         anything else is many times slower."""
-        model, _ = utils.load_model(
-            self.folder, lazy=True, trust_remote_code=self.trust_remote_code
-        )
+        trust = trusting(utils.load_model, self.folder, self.trust_remote_code)
+        model, _ = utils.load_model(self.folder, lazy=True, **trust)
         if not on_gpu():
             model = for_device(utils.dequantize_model(model))
         return model

@@ -89,16 +89,19 @@ def load(
     return_config = options.pop("return_config", False)
     revision = options.pop("revision", None)
     # Left out, transformers asks on the terminal whether a tokenizer's code may run.
-    tokenizer_config = {"trust_remote_code": options.get("trust_remote_code", False)}
+    trust = options.pop("trust_remote_code", False)
+    tokenizer_config = {"trust_remote_code": trust}
     tokenizer_config |= options.pop("tokenizer_config", None) or {}
     folder = loading.download(stock_loader("_download"), str(path_or_hf_repo), revision)
+    stock_load = stock_loader("load_model")
     model, config = loading.load_model(
-        stock_loader("load_model"),
+        stock_load,
         folder,
         n_probes=n_probes,
         dense=dense,
         exact=exact,
         verify_every=verify_every,
+        **loading.trusting(stock_load, folder, trust),
         **options,
     )
     if adapter_path is not None:

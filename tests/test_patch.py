@@ -26,7 +26,7 @@ from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.integration.slots import FlashEmbedding, FlashLinear
 
 STOCK = utils.load_model
-PATTERNS = list(utils.DEFAULT_ALLOW_PATTERNS)
+DOWNLOAD = utils._download
 TOKENS = mx.array([[72, 101, 108, 108, 111]])
 PROMPT = "The quick brown fox"
 
@@ -36,7 +36,11 @@ def n_heads(model) -> int:
 
 
 def is_stock() -> bool:
-    return utils.load_model is STOCK and utils.DEFAULT_ALLOW_PATTERNS == PATTERNS
+    return (
+        utils.load_model is STOCK
+        and utils._download is DOWNLOAD
+        and HEAD_FILE not in getattr(utils, "DEFAULT_ALLOW_PATTERNS", ())
+    )
 
 
 def logits(model, tokens=TOKENS) -> np.ndarray:
@@ -175,7 +179,8 @@ def test_the_dense_head_is_not_read(request, tmp_path, kind):
 def test_patch_and_unpatch(untied_folder):
     patch()
     assert not is_stock()
-    assert HEAD_FILE in utils.DEFAULT_ALLOW_PATTERNS  # so that the hub sends it
+    # So that the hub sends it.
+    assert utils._download is not DOWNLOAD or HEAD_FILE in utils.DEFAULT_ALLOW_PATTERNS
     assert n_heads(mlx_lm.load(str(untied_folder))[0]) == 1
     unpatch()
     assert is_stock()
@@ -187,7 +192,7 @@ def test_patching_twice_is_patching_once(untied_folder):
     patch(n_probes=5)
     model, _ = mlx_lm.load(str(untied_folder))
     assert model.lm_head.head.n_probes == 5
-    assert utils.DEFAULT_ALLOW_PATTERNS.count(HEAD_FILE) == 1
+    assert getattr(utils, "DEFAULT_ALLOW_PATTERNS", [HEAD_FILE]).count(HEAD_FILE) == 1
     unpatch()
     assert is_stock()
     unpatch()
@@ -249,7 +254,7 @@ def test_an_unknown_loader_is_left(monkeypatch, missing):
     assert "load_model" in message and "mlx_flashhead.attach" in message
     assert getattr(utils, "load_model", load_model) is load_model
     unpatch()
-    assert utils.DEFAULT_ALLOW_PATTERNS == PATTERNS
+    assert HEAD_FILE not in getattr(utils, "DEFAULT_ALLOW_PATTERNS", ())
 
 
 @pytest.mark.parametrize("exact", [False, True])

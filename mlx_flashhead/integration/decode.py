@@ -199,7 +199,7 @@ def generate_step(stock: Step) -> Step:
         turn = _Turn(None)
         drawn: deque[Drawn | None] = deque()
         turn.on_sample = drawn.append
-        keys, untold = Keys(), _untold(stock, len(prompt))
+        keys, untold = Keys(model), _untold(stock, len(prompt))
         stand_in = _StandIn(turn, model, head, settings, keys, processors, 1, untold)
         kwargs.update(sampler=turn.sampler, logits_processors=None)
         steps = stock(prompt, stand_in, *args, **kwargs)
@@ -330,7 +330,7 @@ def speculative_generate_step(stock: Step) -> Step:
     ) -> Iterator[tuple[int, mx.array, bool]]:
         count = _acceptance.get() or Acceptance()
         sampler, processors = kwargs.get("sampler"), kwargs.get("logits_processors")
-        turn, keys = _Turn(sampler), Keys()
+        turn, keys = _Turn(sampler), Keys(model)
 
         def stand_in(model: nn.Module, longest: int) -> _StandIn:
             slot = slot_of(model)
@@ -375,7 +375,7 @@ def batch_step(stock: Step) -> Step:
     @wraps(stock)
     def _step(self: Any) -> tuple[list[int], list[mx.array]]:
         if not hasattr(self, "_flash"):
-            self._flash = slot_of(self.model), Keys()
+            self._flash = slot_of(self.model), Keys(self.model)
         slot, keys = self._flash
         if slot is None or not self.uids:
             return stock(self)

@@ -140,7 +140,7 @@ class Decoder:
         self._sampler: Sampler = sampler or (lambda x: mx.argmax(x, axis=-1))
         self._processors = logits_processors
         self._context = mx.zeros((0,), mx.uint32)
-        self._keys = Keys()
+        self._keys = Keys(model)
         self._latest: int | None = None  # what the exact decoder said
         self._exact: ExactDecoder | None = None
         if slot.exact and slot.head.transform is not None:

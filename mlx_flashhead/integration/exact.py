@@ -122,7 +122,7 @@ class ExactDecoder:
         self.readable: list[Processor] | None = read_processors(
             processors, self.head.vocab_size
         )
-        self.keys = Keys()
+        self.keys = Keys(model)
         self.longest = slot.verify_every
         self.count = _verification.get() or Verification()
         self._size = 1

@@ -5,15 +5,23 @@ from __future__ import annotations
 from typing import cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..sampling import Settings
 
 
 class Keys:
     """Random keys, one after another, from a place that MLX's own generator chose: as
-    reproducible as that is by ``mx.random.seed``."""
+    reproducible as that is by ``mx.random.seed``.
 
-    def __init__(self) -> None:
+    Args:
+        model: What draws. The processes that share a model (``model.shard``) have to
+            draw the same tokens: all take the place that the first one's generator
+            chose.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._model = model
         self._start: list[int] | None = None
         self._n = 0
 
@@ -32,7 +40,20 @@ class Keys:
             return mx.zeros((k, 2), dtype=mx.uint32)
         if self._start is None:
             words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32)
+            group = _group_of(self._model)
+            if group is not None:
+                words = words if group.rank() == 0 else mx.zeros_like(words)
+                words = mx.distributed.all_sum(words, group=group, stream=mx.cpu)
             self._start = cast(list[int], words.tolist())
         high, low = self._start
         keys = [[high, (low + n + i) & 0xFFFFFFFF] for i in range(k)]
         return mx.array(keys, dtype=mx.uint32)
+
+
+def _group_of(model: nn.Module | None) -> mx.distributed.Group | None:
+    """The processes that share a model's layers, where several do."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        group = getattr(module, "group", None)
+        if isinstance(group, mx.distributed.Group) and group.size() > 1:
+            return group
+    return None

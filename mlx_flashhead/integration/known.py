@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 from mlx_lm import utils
@@ -43,14 +44,21 @@ class Known:
         except AttributeError as e:
             return str(e)
         parameters = list(inspect.signature(function).parameters)
-        code = getattr(function, "__code__", None)
         if (
             tuple(parameters[: len(self.first)]) != self.first
             or self.others - set(parameters)
-            or self.names - set(code.co_names if code else ())
+            or self.names - _names(getattr(function, "__code__", None))
         ):
             return f"{function.__qualname__} has changed"
         return None
+
+
+def _names(code: CodeType | None) -> set[str]:
+    """Names that code mentions, that of comprehensions in it, too."""
+    if code is None:
+        return set()
+    inner = [c for c in code.co_consts if isinstance(c, CodeType)]
+    return set(code.co_names).union(*map(_names, inner))
 
 
 # By the names that they have in ``mlx_lm.utils``.

@@ -7,6 +7,7 @@ head is read from disk.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +23,13 @@ from ..compute.device import for_device, on_gpu
 from ..compute.table import Table
 from ..folder import integrity
 from ..folder.format import HEAD_FILE, load_head
-from ..folder.section import FormatError, Section, has_section, read_section
+from ..folder.section import (
+    FormatError,
+    Section,
+    has_section,
+    read_config,
+    read_section,
+)
 from .locate import (
     HeadNotFound,
     find_transform,
@@ -56,6 +63,25 @@ def download(
     """``mlx_lm.utils._download``, a FlashHead included where it is to be all that a
     model has."""
     return stock(path_or_hf_repo, revision, allow_patterns or download_patterns())
+
+
+def trusting(
+    stock: Callable[..., Any], folder: str | Path, trust_remote_code: bool
+) -> dict[str, Any]:
+    """The argument ``trust_remote_code`` for a loader of mlx-lm's, where it takes one.
+
+    Raises:
+        FormatError: It takes none, and would run the model's own code unasked (before
+          0.32).
+    """
+    if "trust_remote_code" in inspect.signature(stock).parameters:
+        return {"trust_remote_code": trust_remote_code}
+    if not trust_remote_code and read_config(folder).get("model_file") is not None:
+        raise FormatError(
+            f"{folder}: the model brings code of its own; trust_remote_code=True "
+            "(--trust-remote-code) lets it run"
+        )
+    return {}
 
 
 def switched_off() -> bool:
