@@ -134,6 +134,7 @@ TYPED = {"mlx_flashhead.chat": "Hello\nq\n"}
 MADE_BY = {"--mlx-path", "--plot", "--markdown", "--states", "--prompt-cache-file"}
 SERVERS = ("mlx_flashhead.server",)
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+del COMMANDS["mlx_flashhead"]  # runs the others
 
 
 # ---- commands and code ---------------------------------------------------------------
