@@ -85,7 +85,7 @@ def test_every_argument_of_make_sampler_is_read(asked):
 
 
 def test_no_sampler_is_greedy():
-    assert read_sampler(None) == read_sampler(sample_utils.greedy_sampler) == Settings()
+    assert read_sampler(None) == read_sampler(make_sampler()) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ OTHERS = {
             __module__="my_samplers", __qualname__=REAL.__qualname__, __name__="sampler"
         ),
     ),
-    "greedy's name": functools.wraps(sample_utils.greedy_sampler)(lambda x: x[:, 0]),
+    "greedy's name": functools.wraps(make_sampler())(lambda x: x[:, 0]),
     "added method": altered(
         lambda: make_sampler(0.7), sampling_methods=[lambda x: x * 0]
     ),

@@ -27,7 +27,7 @@ _ARRAYS = ("weight", "scales", "biases")
 
 def attach(
     model: nn.Module,
-    folder: str | Path,
+    where: str | Path,
     *,
     n_probes: int | None = None,
     exact: bool = False,
@@ -45,7 +45,7 @@ def attach(
     Args:
         model: The model; its own rows are used, in another order. The layer that had
           them cannot be called meanwhile.
-        folder: A converted folder of the same model.
+        where: A converted folder of the same model.
         n_probes: Clusters probed per decoded token, instead of the stored number.
         exact: Decode with the model's own tokens: by :class:`mlx_flashhead.Decoder`, or
           by mlx-lm after :func:`mlx_flashhead.patch_decoding`. ``model(tokens)`` by
@@ -66,25 +66,25 @@ def attach(
             "the model has a FlashHead already: take it out (mlx_flashhead.detach), or "
             "load the model with the dense head (dense=True)"
         )
-    section = read_section(folder)
+    section = read_section(where)
     if section is None:
         raise FormatError(
-            f"{folder} has no FlashHead; make one with mlx_flashhead.convert"
+            f"{where} has no FlashHead; make one with mlx_flashhead.convert"
         )
-    path = head_path(model, folder, section)
+    path = head_path(model, where, section)
     module = get_module(model, path)
     if not _has_digest(head_table(module), section.head_sha256):
         raise FormatError(
-            f"{folder}: its FlashHead is another model's: the rows of {path} are not "
+            f"{where}: its FlashHead is another model's: the rows of {path} are not "
             "those that were converted; convert this model"
         )
     dtypes = _dtypes(model)
     if n_probes is None and not exact:
         n_probes = section.n_probes
-    config = read_config(folder) if Path(folder).is_dir() else {}
+    config = read_config(where) if Path(where).is_dir() else {}
     install(
         model,
-        folder,
+        where,
         "exact",  # with the model's own rows
         n_probes=n_probes,
         verify_every=verify_every,
