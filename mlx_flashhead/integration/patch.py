@@ -21,7 +21,7 @@ from typing import Any
 import mlx_lm
 from mlx_lm import utils
 
-from ..folder.format import HEAD_FILE
+from ..folder.section import HEAD_FILE
 from . import decode, exact_batch, loading, samplers
 
 # Not "from mlx_lm import generate": that name is a function's.
@@ -44,6 +44,7 @@ def patch(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    flashhead: str | None = None,
 ) -> None:
     """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
     decoding (``generate``, ``stream_generate``, ``batch_generate``, the server, ...)
@@ -64,6 +65,9 @@ def patch(
           the model's own. Otherwise they are drawn among FlashHead's candidates.
         verify_every: Tokens that are verified at once where it is exact, instead of
           the stored number.
+        flashhead: The FlashHead of every model that is loaded, instead of their
+          folders': a file, a folder that has one, or the Hugging Face id of either. A
+          model that it was not made of is refused.
 
     Raises:
         PatchError: The installed mlx-lm is not as expected. mlx-lm is as it came then.
@@ -76,6 +80,7 @@ def patch(
         "dense": dense,
         "exact": exact,
         "verify_every": verify_every,
+        "flashhead": flashhead,
     }
 
     def load_model(stock: Any, *args: Any, **kwargs: Any) -> Any:
