@@ -136,12 +136,12 @@ def main(
     mlx_flashhead.convert --gguf-path model.gguf --mlx-path my_model -q
     mlx_flashhead.convert --hf-path ORG/NAME --sidecar my_flashhead
     """
-    if message := blas_hint():
-        click.echo(message, err=True)
-    disable_tf32()
     with one_line_errors(), _leaving_clean():
         if upgrade is not None:
             click.echo(_upgrade(ctx, upgrade, options))
             return
+        if message := blas_hint():
+            click.echo(message, err=True)
+        disable_tf32()
         report = convert(**options)
     click.echo(report_json(report) if as_json else str(report))

@@ -28,6 +28,7 @@ from ..folder.section import (
     head_file,
     read_section,
 )
+from ..head import FlashHead
 from .locate import (
     HeadNotFound,
     find_transform,
@@ -184,7 +185,8 @@ def install(
         raise FormatError(f"{where} has no FlashHead; make one: mlx_flashhead.convert")
     path = section.head_path
     try:
-        table = head_table(get_module(model, path))
+        module = get_module(model, path)
+        table = head_table(module)
     except (HeadNotFound, AttributeError) as e:
         raise FormatError(f"{where}: {e}; convert the model again") from None
     draft = section.drafting
@@ -197,6 +199,8 @@ def install(
     del tensors  # what of it was read goes
     integrity.check_unchanged(where, section, table, model_folder)
     head = load_head(where, section, find_transform(model, path), table, own=own)
+    if not _same_bias(head, module.get("bias")):
+        raise FormatError(f"{where}: the head's bias is another; convert this model")
     if n_probes is not None or not approximate:
         head.n_probes = draft.n_probes if n_probes is None else n_probes
     unpacked = draft.rows == "stored" and not approximate and not table.quantized
@@ -210,6 +214,15 @@ def install(
         slot.decoding, slot.stop_tokens = decoding, stop_tokens
         slot.verify_every = verify_every or draft.verify_every
     return for_device(model)
+
+
+def _same_bias(head: FlashHead, bias: mx.array | None) -> bool:
+    """Whether a FlashHead has the bias ``[V]`` of a model's head, or none either."""
+    own: mx.array | None = head.get("bias")
+    if own is None or bias is None:
+        return own is bias
+    index = mx.where(head.token_ids < head.vocab_size, head.token_ids, 0)
+    return bool(mx.array_equal(bias.astype(own.dtype)[index], own).item())
 
 
 def load_tokenizer(
