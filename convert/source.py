@@ -17,8 +17,7 @@ from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_flashhead.compute.device import for_device, on_gpu
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.folder import integrity
-from mlx_flashhead.folder.format import HEAD_FILE
-from mlx_flashhead.folder.section import FormatError, has_section
+from mlx_flashhead.folder.section import HEAD_FILE, FormatError, has_section
 from mlx_flashhead.integration.loading import trusting
 
 if TYPE_CHECKING:
@@ -50,8 +49,14 @@ class Source:
         from holds them in one that the folder had to round."""
         return None if self.gguf is None else self.gguf.exact_head()
 
-    def load(self, dtype: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
-        """``(model, tokenizer, config)``, lazy, cast as ``mlx_lm.convert`` casts.
+    def load(
+        self, dtype: str | None, as_is: bool = False
+    ) -> tuple[nn.Module, Any, dict[str, Any]]:
+        """``(model, tokenizer, config)``, lazy.
+
+        Args:
+            dtype: What to cast to, instead of the config's, as ``mlx_lm.convert`` does.
+            as_is: Whether to cast nothing, as ``mlx_lm.load`` does.
 
         Raises:
             SourceError: mlx-lm cannot load it.
@@ -77,7 +82,7 @@ class Source:
         model, tokenizer, config = loaded
         text_config = config.get("text_config") or {}
         dtype = dtype or config.get("torch_dtype") or text_config.get("dtype")
-        if dtype in MODEL_CONVERSION_DTYPES:
+        if dtype in MODEL_CONVERSION_DTYPES and not as_is:
             cast(model, getattr(mx, dtype))
         return model, tokenizer, config
 
@@ -103,10 +108,21 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def open_hf(
-    name: str, revision: str | None, trust_remote_code: bool, flag: str = "--hf-path"
+    name: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    flag: str = "--hf-path",
+    *,
+    plain: bool = True,
 ) -> Source:
-    """A local folder, or a snapshot from the Hugging Face hub. ``flag`` is the option
-    that named it.
+    """A local folder, or a snapshot from the Hugging Face hub.
+
+    Args:
+        name: The folder or its Hugging Face id.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether the model's own code may run.
+        flag: The option that named it.
+        plain: Whether it must not have a FlashHead already.
 
     Raises:
         SourceError: Neither is there.
@@ -130,7 +146,7 @@ def open_hf(
     except FormatError as e:
         raise SourceError(str(e)) from e
     # What mlx-lm's commands make of a converted folder has the section, not the file.
-    if converted and (not path.exists() or (folder / HEAD_FILE).exists()):
+    if plain and converted and (not path.exists() or (folder / HEAD_FILE).exists()):
         raise SourceError(
             f"{name} has a FlashHead already; convert the model it was made from, or "
             f"delete the folder's {HEAD_FILE} first"

@@ -20,6 +20,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    flashhead: str | Path | None = None,
     return_config: Literal[False] = False,
     **kwargs: Any,
 ) -> tuple[nn.Module, TokenizerWrapper]: ...
@@ -33,6 +34,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    flashhead: str | Path | None = None,
     return_config: Literal[True],
     **kwargs: Any,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]: ...
@@ -45,6 +47,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    flashhead: str | Path | None = None,
     **kwargs: Any,
 ) -> (
     tuple[nn.Module, TokenizerWrapper]
@@ -58,7 +61,7 @@ def load(
 
     Args:
         path_or_hf_repo: A converted folder, or the Hugging Face id of one. A model
-          without a FlashHead is loaded as mlx-lm loads it.
+          without a FlashHead is loaded as mlx-lm loads it, but for ``flashhead``.
         n_probes: Clusters probed per decoded token, instead of the stored number; from
           1 to the head's number of clusters.
         dense: Decode with the dense head. ``MLX_FLASHHEAD=0`` in the environment leaves
@@ -67,6 +70,8 @@ def load(
           the model's own. Otherwise they are drawn among FlashHead's candidates.
         verify_every: Tokens that are verified at once where it is exact, instead of
           the stored number.
+        flashhead: A FlashHead of this model, where the folder has none or another is
+          wanted: its file, a folder that has one, or the Hugging Face id of either.
         return_config: Whether to return the config, too.
         **kwargs: What :func:`mlx_lm.load` takes (``lazy``, ``adapter_path``,
           ``tokenizer_config``, ``revision``, ...).
@@ -76,7 +81,7 @@ def load(
         ``(model, tokenizer)``, and the config where ``return_config`` is true.
 
     Raises:
-        FormatError: The folder's FlashHead is missing, damaged or another model's, a
+        FormatError: The FlashHead is missing, damaged or another model's, a
           file changed since the conversion, or ``n_probes`` is out of range. It is a
           ``ValueError`` of one line.
         ValueError: The adapter changes the head; or the path is no folder and no
@@ -101,6 +106,7 @@ def load(
         dense=dense,
         exact=exact,
         verify_every=verify_every,
+        flashhead=flashhead,
         **loading.trusting(stock_load, folder, trust),
         **options,
     )

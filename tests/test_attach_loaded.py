@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -24,6 +25,8 @@ from mlx_flashhead import (
     load,
     patch_decoding,
 )
+from mlx_flashhead.folder.format import load_head, save_head
+from mlx_flashhead.folder.section import HEAD_FILE, read_section
 from mlx_flashhead.integration import loading
 
 TOKENS = mx.array([[72, 101, 108, 108, 111]])
@@ -171,6 +174,31 @@ def test_a_model_within_another_that_returns_objects(tied_source, tied_folder):
     assert_same(model, before)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_sidecar(tied_source, tied_folder, tmp_path, stored, exact):
+    """A file by itself; here that of a folder, and one without rows."""
+    model = utils.load_model(tied_source)[0]
+    before = snapshot(model)
+    file = tied_folder / HEAD_FILE
+    if not stored:
+        head = load_head(file, read_section(file))
+        section = replace(read_section(file), stored_rows=False)
+        file = tmp_path / "small.safetensors"
+        save_head(file, head, section)
+        assert file.stat().st_size < 0.6 * (tied_folder / HEAD_FILE).stat().st_size
+    for whole in (model, Outer(model)):
+        attach(whole, file, exact=exact)
+        found = whole(TOKENS[:, :1])
+        detach(whole)
+        attach(whole, tied_folder, exact=exact)
+        wanted = whole(TOKENS[:, :1])
+        detach(whole)
+        found, wanted = (getattr(x, "logits", x) for x in (found, wanted))
+        assert mx.array_equal(found, wanted)
+    assert_same(model, before)
+
+
 def test_a_module_that_stands_twice(tied_source, tied_folder):
     model = utils.load_model(tied_source)[0]
     model.also = model.model.embed_tokens
@@ -208,9 +236,9 @@ def test_other_models_are_refused_and_left_alone(tied_source, tied_folder, kind)
 def test_refusals(tied_source, tied_folder, tmp_path):
     model = utils.load_model(tied_source)[0]
     before = snapshot(model)
-    with pytest.raises(ValueError, match="has no FlashHead; make one with"):
+    with pytest.raises(ValueError, match="has no flashhead.safetensors; make one"):
         attach(model, tied_source)
-    with pytest.raises(ValueError, match="missing"):
+    with pytest.raises(ValueError, match="missing: no such file or folder"):
         attach(model, tmp_path / "missing")
     with pytest.raises(ValueError, match="n_probes must be an integer from 1 to 126"):
         attach(model, tied_folder, n_probes=127)

@@ -14,10 +14,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..compute.device import for_device
-from ..compute.table import Table
-from ..folder.format import table_sha256
-from ..folder.section import FormatError, read_config, read_section
-from .loading import head_path, install, stop_tokens_of
+from ..folder.section import read_config, read_section
+from .loading import find_flashhead, head_path, install, stop_tokens_of
 from .locate import flash_slots, get_module, head_table, set_module
 from .slots import Before
 
@@ -45,7 +43,8 @@ def attach(
     Args:
         model: The model; its own rows are used, in another order. The layer that had
           them cannot be called meanwhile.
-        where: A converted folder of the same model.
+        where: A FlashHead of the same model: its file, a folder that has one, or the
+          Hugging Face id of either.
         n_probes: Clusters probed per decoded token, instead of the stored number.
         exact: Decode with the model's own tokens: by :class:`mlx_flashhead.Decoder`, or
           by mlx-lm after :func:`mlx_flashhead.patch_decoding`. ``model(tokens)`` by
@@ -57,7 +56,7 @@ def attach(
         The same model.
 
     Raises:
-        FormatError: The folder has no FlashHead, or a damaged one, or another model's.
+        FormatError: There is no FlashHead, or a damaged one, or another model's.
           Nothing is changed then. It is a ``ValueError`` of one line.
         ValueError: The model has a FlashHead already.
     """
@@ -66,25 +65,17 @@ def attach(
             "the model has a FlashHead already: take it out (mlx_flashhead.detach), or "
             "load the model with the dense head (dense=True)"
         )
-    section = read_section(where)
-    if section is None:
-        raise FormatError(
-            f"{where} has no FlashHead; make one with mlx_flashhead.convert"
-        )
-    path = head_path(model, where, section)
-    module = get_module(model, path)
-    if not _has_digest(head_table(module), section.head_sha256):
-        raise FormatError(
-            f"{where}: its FlashHead is another model's: the rows of {path} are not "
-            "those that were converted; convert this model"
-        )
+    found = find_flashhead(where, "the FlashHead")
+    section = read_section(found)
+    assert section is not None  # find_flashhead() has seen the file
+    module = get_module(model, head_path(model, found, section))
     dtypes = _dtypes(model)
     if n_probes is None and not exact:
         n_probes = section.n_probes
-    config = read_config(where) if Path(where).is_dir() else {}
+    config = read_config(found) if (found / "config.json").exists() else {}
     install(
         model,
-        where,
+        found,
         "exact",  # with the model's own rows
         n_probes=n_probes,
         verify_every=verify_every,
@@ -139,21 +130,6 @@ def detach(model: nn.Module) -> nn.Module:
     model.update(tree_unflatten(cast))
     mx.eval(model.parameters())
     return model
-
-
-def _has_digest(table: Table, digest: str | None) -> bool:
-    """Whether rows have a digest, be it before they were cast to float32; those of
-    folders without one are not known."""
-    if digest is None or table_sha256(table) == digest:
-        return True
-
-    def narrowed(dtype: mx.Dtype) -> Table:
-        return table.map(lambda a: a.astype(dtype) if a.dtype == mx.float32 else a)
-
-    if table.dtype != mx.float32:
-        return False
-    narrow = (narrowed(dtype) for dtype in (mx.bfloat16, mx.float16))
-    return any(table_sha256(rows) == digest for rows in narrow)
 
 
 def _places(model: nn.Module, module: nn.Module) -> list[str]:

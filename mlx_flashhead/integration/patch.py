@@ -40,6 +40,7 @@ def patch(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    flashhead: str | None = None,
 ) -> None:
     """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
     decoding (``generate``, ``stream_generate``, ``batch_generate``, the server, ...)
@@ -64,6 +65,9 @@ def patch(
           the model's own. Otherwise they are drawn among FlashHead's candidates.
         verify_every: Tokens that are verified at once where it is exact, instead of
           the stored number.
+        flashhead: The FlashHead of every model that is loaded, instead of their
+          folders': a file, a folder that has one, or the Hugging Face id of either. A
+          model that it was not made of is refused.
     """
     global _options
     unpatch()
@@ -73,6 +77,7 @@ def patch(
         "dense": dense,
         "exact": exact,
         "verify_every": verify_every,
+        "flashhead": flashhead,
     }
 
     def load_model(stock: Any, *args: Any, **kwargs: Any) -> Any:
