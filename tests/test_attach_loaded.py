@@ -17,6 +17,7 @@ from mlx_flashhead.convert import convert
 from mlx_lm import utils
 
 from mlx_flashhead import (
+    Decoder,
     FlashHead,
     attach,
     detach,
@@ -205,6 +206,7 @@ def test_a_module_that_stands_twice(tied_source, tied_folder):
     before = snapshot(model)
     attach(model, tied_folder)
     assert model.also is model.model.embed_tokens
+    assert Decoder(model).step([1, 2]).tokens.shape == (1,)
     detach(model)
     assert_same(model, before)
 

@@ -8,6 +8,7 @@ they go back into the module that stood there, in the order of the vocabulary.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,8 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..compute.device import for_device
 from ..folder.section import read_config, read_section
 from .loading import find_flashhead, head_path, install, stop_tokens_of
-from .locate import flash_slots, get_module, head_table, set_module
-from .slots import Before
+from .locate import flash_slots, head_table, set_module
+from .slots import Before, FlashLinear
 
 # Of a linear or embedding layer, those that Table.arrays has, in its order.
 _ARRAYS = ("weight", "scales", "biases")
@@ -68,8 +69,8 @@ def attach(
     found = find_flashhead(where, "the FlashHead")
     section = read_section(found)
     assert section is not None  # find_flashhead() has seen the file
-    module = get_module(model, head_path(model, found, section))
-    dtypes = _dtypes(model)
+    modules, dtypes = dict(model.named_modules()), _dtypes(model)
+    own = head_table(modules[head_path(model, found, section)])
     if n_probes is None and not exact:
         n_probes = section.n_probes
     config = read_config(found) if (found / "config.json").exists() else {}
@@ -81,20 +82,22 @@ def attach(
         verify_every=verify_every,
         stop_tokens=stop_tokens_of(config),
     )
-    (slot,) = flash_slots(model)
-    slot.decoding = "exact" if exact else "approximate"
-    head = slot.head
+    slots = [
+        (path, s) for path, s in model.named_modules() if isinstance(s, FlashLinear)
+    ]
+    head = slots[0][1].head
     # Padding repeats a row that exists; it is masked wherever logits are made.
     index = mx.where(head.token_ids < head.vocab_size, head.token_ids, 0)
-    head.rows = head_table(module).map(lambda a: a[index])
-    for other in _places(model, module):
-        set_module(model, other, slot)
+    head.rows = own.map(lambda a: a[index])
+    for path, slot in slots:
+        slot.decoding = "exact" if exact else "approximate"
+        slot.before = Before(modules[path], dtypes)
+        for other in _places(modules, modules[path]):
+            set_module(model, other, slot)
     mx.eval(for_device(model).parameters())
-    for name in _ARRAYS:
-        module.pop(name, None)
-    now = _dtypes(model)
-    cast = {n: dtype for n, dtype in dtypes.items() if n not in now or now[n] != dtype}
-    slot.before = Before(module, cast)
+    for path, _ in slots:
+        for name in _ARRAYS:
+            modules[path].pop(name, None)
     return model
 
 
@@ -108,33 +111,41 @@ def detach(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: The model has none that was attached.
     """
-    slot = next((s for s in flash_slots(model) if s.before is not None), None)
-    if slot is None or slot.before is None:
+    slots = [s for s in flash_slots(model) if s.before is not None]
+    if not slots:
         raise ValueError(
             "the model has no FlashHead that mlx_flashhead.attach put in; load it "
             "again with the dense head (dense=True)"
         )
-    head, before = slot.head, slot.before
+    head = slots[0].head
     rows = head.rows.flat.map(lambda a: a[head.positions])
-    for name, array in zip(_ARRAYS, rows.arrays, strict=True):
-        if array is not None:
-            before.module[name] = array
-    for path in _places(model, slot):
-        set_module(model, path, before.module)
+    for slot in slots:
+        before = cast(Before, slot.before)
+        for name, array in zip(_ARRAYS, rows.arrays, strict=True):
+            if array is not None:
+                before.module[name] = array
+        for path in _places(dict(model.named_modules()), slot):
+            set_module(model, path, before.module)
+    # What was cast for a CPU; an array that stands twice is cast once.
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
-    cast = [
-        (name, parameters[name].astype(dtype))
+    narrow = {
+        (id(parameters[name]), str(dtype)): parameters[name].astype(dtype)
+        for name, dtype in before.dtypes.items()
+        if name in parameters
+    }
+    update = [
+        (name, narrow[id(parameters[name]), str(dtype)])
         for name, dtype in before.dtypes.items()
         if name in parameters
     ]
-    model.update(tree_unflatten(cast))
+    model.update(tree_unflatten(update))
     mx.eval(model.parameters())
     return model
 
 
-def _places(model: nn.Module, module: nn.Module) -> list[str]:
+def _places(modules: dict[str, nn.Module], module: nn.Module) -> list[str]:
     """Paths of a module; it may stand at several."""
-    return [path for path, other in model.named_modules() if other is module]
+    return [path for path, other in modules.items() if other is module]
 
 
 def _dtypes(model: nn.Module) -> dict[str, mx.Dtype]:

@@ -80,8 +80,9 @@ def acceptance() -> Iterator[Acceptance]:
 
 def slot_of(model: Any) -> FlashLinear | None:
     """What stands in the place of a model's head, where that is a FlashHead."""
-    slots = list(flash_slots(model)) if isinstance(model, nn.Module) else []
-    return slots[0] if len(slots) == 1 else None
+    slots = flash_slots(model) if isinstance(model, nn.Module) else ()
+    of_heads = {id(slot.head): slot for slot in slots}  # one may stand at two places
+    return next(iter(of_heads.values())) if len(of_heads) == 1 else None
 
 
 def head_of(model: Any) -> FlashHead | None:

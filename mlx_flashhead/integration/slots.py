@@ -59,7 +59,7 @@ class Before:
 
     Attributes:
         module: What stood where the slot stands now, without its rows.
-        dtypes: Those of the parameters that were cast, by their names.
+        dtypes: Those of the parameters, by their names: on a CPU, they are cast.
     """
 
     module: nn.Module
