@@ -15,6 +15,8 @@ import small_models
 from mlx.utils import tree_flatten
 from mlx_flashhead.convert import convert
 from mlx_lm import utils
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flashhead import (
     Decoder,
@@ -25,6 +27,7 @@ from mlx_flashhead import (
     hidden_states,
     load,
     patch_decoding,
+    verification,
 )
 from mlx_flashhead.folder.format import load_head, save_head
 from mlx_flashhead.folder.section import HEAD_FILE, read_section
@@ -266,3 +269,37 @@ def test_mlx_lm_is_not_looked_at(untied_source, untied_folder, monkeypatch):
     attach(model, untied_folder)
     assert model(TOKENS).shape == (1, 5, 1003)
     assert loading.utils is utils
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["gemma", "smollm"])
+def test_real_models(request, name):
+    """Of mlx-lm's own loading: its text, drafted, and its weights again afterwards."""
+    folder = request.getfixturevalue(name).folder
+    model, tokenizer = mlx_lm.load(str(folder))
+    prompt = tokenizer.encode("The steam engine was invented")
+    model.set_dtype(mx.float32)
+    wanted = [
+        token for token, _ in generate_step(mx.array(prompt), model, max_tokens=24)
+    ]
+    model, _ = mlx_lm.load(str(folder))
+    before = snapshot(model)
+    attach(model, folder / HEAD_FILE, exact=True)
+    with verification() as count:
+        decoder, tokens, written = Decoder(model), prompt, []
+        for _ in wanted:
+            tokens, _ = decoder.step(tokens)
+            written.append(tokens.item())
+    assert written == wanted
+    assert count.acceptance > 0.7 and count.verifications < len(wanted) / 2
+    detach(model)
+    assert_same(model, before)
+    # Of the plain model's rows, most of the likeliest tokens are among the candidates.
+    attach(model, folder)
+    cache, tokens = make_prompt_cache(model), mx.array([prompt + wanted[:-1]])
+    model(tokens[:, : len(prompt) - 1], cache=cache)
+    steps = tokens[0, len(prompt) - 1 :]
+    found = [
+        model(step[None, None], cache=cache)[0, -1].argmax().item() for step in steps
+    ]
+    assert np.mean([a == b for a, b in zip(found, wanted, strict=True)]) > 0.8
