@@ -248,7 +248,9 @@ def read_section(where: str | Path) -> Section | None:
 def _read_metadata(file: Path) -> Any:
     """The section in the metadata of a FlashHead's file."""
     if not file.is_file():
-        raise FormatError(f"{file} is not a file; give a FlashHead's file or folder")
+        raise FormatError(
+            f"{file} is no FlashHead's file or folder; make one: mlx_flashhead.convert"
+        )
     try:
         with safe_open(file, "numpy") as opened:
             text = (opened.metadata() or {}).get(CONFIG_KEY)
