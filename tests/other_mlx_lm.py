@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -25,15 +26,24 @@ WAYS = {
 }
 
 
-def written(folder: str, **options) -> dict[str, list]:
-    mlx_flashhead.patch(**options)
+DECODINGS = {
+    "exact": {"exact": True, "verify_every": 8},
+    "approximate": {"exact": False, "n_probes": 126},
+    "dense": {"dense": True},
+}
+
+
+def written(folder: str, way: str) -> dict[str, list]:
+    mlx_flashhead.patch(**DECODINGS[way])
     model, tokenizer = mlx_lm.load(folder)
-    if options.get("dense"):
+    if way == "dense":
         mlx_flashhead.unpatch()
     found: dict[str, list] = {}
-    for name, way in WAYS.items():
+    for name, options in WAYS.items():
         mx.random.seed(1)
-        stream = mlx_lm.stream_generate(model, tokenizer, PROMPT, max_tokens=24, **way)
+        stream = mlx_lm.stream_generate(
+            model, tokenizer, PROMPT, max_tokens=24, **options
+        )
         found[name] = [response.token for response in stream]
     for n in (1, 2):
         prompts = [tokenizer.encode(text) for text in ("A cat", "1, 2,")[:n]]
@@ -45,14 +55,8 @@ def written(folder: str, **options) -> dict[str, list]:
 def main(folder: str) -> None:
     warnings.filterwarnings("error", message="mlx-flashhead does not know")
     with mlx_flashhead.verification() as count:
-        exact = written(folder, exact=True, verify_every=8)
-    found = {
-        "version": mlx_lm.__version__,
-        "drafted": count.drafted,
-        "exact": exact,
-        "approximate": written(folder, exact=False, n_probes=126),
-        "dense": written(folder, dense=True),
-    }
+        found: dict[str, Any] = {way: written(folder, way) for way in DECODINGS}
+    found |= {"version": mlx_lm.__version__, "drafted": count.drafted}
     json.dump(found, sys.stdout)
 
 
