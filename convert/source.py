@@ -20,8 +20,13 @@ from safetensors import safe_open
 from mlx_flashhead.compute.device import for_device, on_gpu
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.folder import integrity
-from mlx_flashhead.folder.format import HEAD_FILE
-from mlx_flashhead.folder.section import FormatError, has_section, read_config
+from mlx_flashhead.folder.section import (
+    HEAD_FILE,
+    FormatError,
+    has_section,
+    read_config,
+)
+from mlx_flashhead.integration.loading import trusting
 
 if TYPE_CHECKING:
     from .gguf import GGUFModel
@@ -78,8 +83,14 @@ class Source:
                     names |= dict.fromkeys(tensors.keys(), file.name)
             index.write_text(json.dumps({"weight_map": names}), encoding="utf-8")
 
-    def load(self, dtype: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
-        """``(model, tokenizer, config)``, lazy, cast as ``mlx_lm.convert`` casts.
+    def load(
+        self, dtype: str | None, as_is: bool = False
+    ) -> tuple[nn.Module, Any, dict[str, Any]]:
+        """``(model, tokenizer, config)``, lazy.
+
+        Args:
+            dtype: What to cast to, instead of the config's, as ``mlx_lm.convert`` does.
+            as_is: Whether to cast nothing, as ``mlx_lm.load`` does.
 
         Raises:
             SourceError: mlx-lm cannot load it.
@@ -92,7 +103,7 @@ class Source:
                     return_config=True,
                     lazy=True,
                     tokenizer_config={"trust_remote_code": self.trust_remote_code},
-                    trust_remote_code=self.trust_remote_code,
+                    **trusting(utils.load, self.folder, self.trust_remote_code),
                 )
         except FormatError as e:
             raise SourceError(str(e)) from e
@@ -105,16 +116,15 @@ class Source:
         model, tokenizer, config = loaded
         text_config = config.get("text_config") or {}
         dtype = dtype or config.get("torch_dtype") or text_config.get("dtype")
-        if dtype in MODEL_CONVERSION_DTYPES:
+        if dtype in MODEL_CONVERSION_DTYPES and not as_is:
             cast(model, getattr(mx, dtype))
         return model, tokenizer, config
 
     def load_for_calibration(self) -> nn.Module:
         """The model once more, to be run: on a CPU dequantized and in float32, where
         anything else is many times slower."""
-        model, _ = utils.load_model(
-            self.folder, lazy=True, trust_remote_code=self.trust_remote_code
-        )
+        trust = trusting(utils.load_model, self.folder, self.trust_remote_code)
+        model, _ = utils.load_model(self.folder, lazy=True, **trust)
         if not on_gpu():
             model = for_device(utils.dequantize_model(model))
         return model
@@ -132,10 +142,21 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def open_hf(
-    name: str, revision: str | None, trust_remote_code: bool, flag: str = "--hf-path"
+    name: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    flag: str = "--hf-path",
+    *,
+    plain: bool = True,
 ) -> Source:
-    """A local folder, or a snapshot from the Hugging Face hub. ``flag`` is the option
-    that named it.
+    """A local folder, or a snapshot from the Hugging Face hub.
+
+    Args:
+        name: The folder or its Hugging Face id.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether the model's own code may run.
+        flag: The option that named it.
+        plain: Whether it must not have a FlashHead already.
 
     Raises:
         SourceError: Neither is there.
@@ -159,7 +180,7 @@ def open_hf(
     except FormatError as e:
         raise SourceError(str(e)) from e
     # What mlx-lm's commands make of a converted folder has the section, not the file.
-    if converted and (not path.exists() or (folder / HEAD_FILE).exists()):
+    if plain and converted and (not path.exists() or (folder / HEAD_FILE).exists()):
         raise SourceError(
             f"{name} has a FlashHead already; convert the model it was made from, or "
             f"delete the folder's {HEAD_FILE} first"

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import mlx.nn as nn
-from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .folder.format import HEAD_FILE
 from .integration import loading
 from .integration.patch import patch_decoding, stock_loader
 
@@ -22,6 +20,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    flashhead: str | Path | None = None,
     return_config: Literal[False] = False,
     **kwargs: Any,
 ) -> tuple[nn.Module, TokenizerWrapper]: ...
@@ -35,6 +34,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    flashhead: str | Path | None = None,
     return_config: Literal[True],
     **kwargs: Any,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]: ...
@@ -47,6 +47,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    flashhead: str | Path | None = None,
     **kwargs: Any,
 ) -> (
     tuple[nn.Module, TokenizerWrapper]
@@ -60,7 +61,7 @@ def load(
 
     Args:
         path_or_hf_repo: A converted folder, or the Hugging Face id of one. A model
-          without a FlashHead is loaded as mlx-lm loads it.
+          without a FlashHead is loaded as mlx-lm loads it, but for ``flashhead``.
         n_probes: Clusters probed per decoded token, instead of the stored number; from
           1 to the head's number of clusters.
         dense: Decode with the dense head. ``MLX_FLASHHEAD=0`` in the environment leaves
@@ -69,6 +70,8 @@ def load(
           the model's own. Otherwise they are drawn among FlashHead's candidates.
         verify_every: Tokens that are verified at once where it is exact, instead of
           the stored number.
+        flashhead: A FlashHead of this model, where the folder has none or another is
+          wanted: its file, a folder that has one, or the Hugging Face id of either.
         return_config: Whether to return the config, too.
         **kwargs: What :func:`mlx_lm.load` takes (``lazy``, ``adapter_path``,
           ``tokenizer_config``, ``revision``, ...).
@@ -78,31 +81,33 @@ def load(
         ``(model, tokenizer)``, and the config where ``return_config`` is true.
 
     Raises:
-        FormatError: The folder's FlashHead is missing, damaged or another model's, a
+        FormatError: The FlashHead is missing, damaged or another model's, a
           file changed since the conversion, or ``n_probes`` is out of range. It is a
           ``ValueError`` of one line.
         ValueError: The adapter changes the head; or the path is no folder and no
           Hugging Face id.
         FileNotFoundError: There is no model there, or the hub cannot be reached; other
           errors of the hub come as they are.
-        PatchError: The installed mlx-lm is not one that this package knows.
     """
     options = dict(kwargs)
     adapter_path = options.pop("adapter_path", None)
     return_config = options.pop("return_config", False)
     revision = options.pop("revision", None)
     # Left out, transformers asks on the terminal whether a tokenizer's code may run.
-    tokenizer_config = {"trust_remote_code": options.get("trust_remote_code", False)}
+    trust = options.pop("trust_remote_code", False)
+    tokenizer_config = {"trust_remote_code": trust}
     tokenizer_config |= options.pop("tokenizer_config", None) or {}
-    patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
-    folder = utils._download(str(path_or_hf_repo), revision, patterns)
+    folder = loading.download(stock_loader("_download"), str(path_or_hf_repo), revision)
+    stock_load = stock_loader("load_model")
     model, config = loading.load_model(
-        stock_loader("load_model"),
+        stock_load,
         folder,
         n_probes=n_probes,
         dense=dense,
         exact=exact,
         verify_every=verify_every,
+        flashhead=flashhead,
+        **loading.trusting(stock_load, folder, trust),
         **options,
     )
     if adapter_path is not None:

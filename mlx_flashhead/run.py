@@ -36,6 +36,11 @@ OPTIONS = [
         type=click.IntRange(min=1),
         help="Tokens that --exact verifies at once.  [default: the converted number]",
     ),
+    click.Option(
+        ["--flashhead"],
+        help="A FlashHead of the model: its file, a folder or a Hugging Face id."
+        "  [default: the one in the model's folder]",
+    ),
 ]
 
 

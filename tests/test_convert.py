@@ -22,8 +22,8 @@ from test_gguf import gguf_tensors, reference_model, write_gguf
 from mlx_flashhead import FlashHead, flash_heads, load
 from mlx_flashhead.compute import linalg
 from mlx_flashhead.compute.table import Table
-from mlx_flashhead.folder.format import HEAD_FILE
-from mlx_flashhead.folder.section import Measured, read_section
+from mlx_flashhead.folder.format import form_of, load_head
+from mlx_flashhead.folder.section import HEAD_FILE, Measured, read_section
 from mlx_flashhead.head import ALWAYS
 from mlx_flashhead.integration.locate import find_head, get_module, head_table
 
@@ -58,16 +58,19 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def assert_permuted(folder: Path, table: Table) -> None:
-    """The stored rows are those of the table, bit for bit, in another order."""
-    tensors = stored(folder)
+    """The rows are those of the table, bit for bit, in another order: stored, unless
+    the dense head has the same bits."""
+    tensors, own = stored(folder), dense_table(folder)
+    assert ("rows.weight" in tensors) == (form_of(table) != form_of(own))
+    rows = load_head(folder, read_section(folder), None, own).rows
     order = tensors["token_ids"].reshape(-1)[: table.weight.shape[0]]
-    for name, array in zip(("weight", "scales", "biases"), table.arrays):
+    for found, array in zip(rows.arrays, table.arrays, strict=True):
         if array is None:
-            assert f"rows.{name}" not in tensors
+            assert found is None
             continue
-        rows = tensors[f"rows.{name}"].reshape(-1, array.shape[-1])[: order.size]
-        assert rows.dtype == array.dtype
-        assert mx.array_equal(rows, array[order]), name
+        found = found.reshape(-1, array.shape[-1])[: order.size]
+        assert found.dtype == array.dtype
+        assert mx.array_equal(found, array[order])
 
 
 # ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import small_models
 from mlx.utils import tree_flatten
 from mlx_flashhead.convert import convert
-from mlx_lm import perplexity, utils
+from mlx_lm import perplexity, sample_utils, utils
 from mlx_lm.models import cache as caches
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -276,6 +276,9 @@ def test_logprobs_that_nobody_reads_are_not_computed(untied_folder):
 def test_batches_with_rows_that_come_and_go(untied_folder, retrieving, counted):
     folder = untied_folder
     texts = []
+    options = dict.fromkeys(("return_token_ids", "return_logprobs"), True)
+    if not hasattr(sample_utils, "greedy_sampler"):
+        options = {}  # mlx-lm before 0.32 returns the texts alone
     for make in (dense, flash):
         model, tokenizer = make(folder)
         made = mlx_lm.batch_generate(
@@ -285,13 +288,13 @@ def test_batches_with_rows_that_come_and_go(untied_folder, retrieving, counted):
             max_tokens=[3, 9, 1, 6, 12],
             completion_batch_size=2,
             prefill_batch_size=2,
-            return_token_ids=True,
-            return_logprobs=True,
+            **options,
         )
         texts.append(made)
-    assert texts[0].token_ids == texts[1].token_ids
     assert texts[0].texts == texts[1].texts
-    for a, b in zip(texts[0].logprobs, texts[1].logprobs):
+    if options:
+        assert texts[0].token_ids == texts[1].token_ids
+    for a, b in zip(*(t.logprobs for t in texts if options)):
         np.testing.assert_allclose(a, b, atol=1e-3)
     assert {1, 2} <= set(counted)
 

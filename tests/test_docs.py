@@ -93,6 +93,12 @@ ELSEWHERE = {
         "tests/test_publish.py",
         "def test_an_upload(",
     ),
+    "mlx_flashhead.convert --hf-path google/gemma-3-1b-it --sidecar gemma-3-1b-head "
+    "--upload-repo you/gemma-3-1b-flashhead": (
+        "likewise",
+        "tests/test_publish.py",
+        "def test_a_sidecar_is_uploaded_alone(",
+    ),
 }
 # What is too large for a test, and what stands in its place.
 SMALLER = {
@@ -133,9 +139,17 @@ ONCE = {
 # What people type.
 TYPED = {"mlx_flashhead.chat": "Hello\nq\n"}
 # A command leaves the file or folder that one of these names.
-MADE_BY = {"--mlx-path", "--plot", "--markdown", "--states", "--prompt-cache-file"}
+MADE_BY = {
+    "--mlx-path",
+    "--sidecar",
+    "--plot",
+    "--markdown",
+    "--states",
+    "--prompt-cache-file",
+}
 SERVERS = ("mlx_flashhead.server", "mlx_flashhead.run mlx_vlm.server")
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+del COMMANDS["mlx_flashhead"]  # runs the others
 
 
 # ---- commands and code ---------------------------------------------------------------

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import small_models
 from mlx_flashhead.convert import convert
+from mlx_lm import sample_utils
 from mlx_lm.models import cache as caches
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from small_heads import make_head, random_states
@@ -54,7 +55,12 @@ def stock_probabilities(sampler, logits: np.ndarray) -> np.ndarray:
     logprobs = mx.array(logits[None], mx.float32)
     logprobs = logprobs - mx.logsumexp(logprobs)
     for method in sampler.__closure__[0].cell_contents:
-        logprobs = method(logprobs)
+        try:
+            logprobs = method(logprobs)
+        except TypeError:
+            if hasattr(sample_utils, "greedy_sampler"):
+                raise
+            pytest.skip("the min-p of mlx-lm before 0.32 does not run with this MLX")
     return np.array(mx.softmax(logprobs / settings.temp, axis=-1))[0].astype(np.float64)
 
 

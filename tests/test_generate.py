@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from click.testing import CliRunner
 from mlx_flashhead.convert.cli import main as convert_command
 from mlx_lm import utils
 
-from mlx_flashhead import demo_model, flash_heads, load
+from mlx_flashhead import __version__, demo_model, flash_heads, load
+from mlx_flashhead.__main__ import main as short_command
 from mlx_flashhead.compute import device
 from mlx_flashhead.demo import main as demo_command
 from mlx_flashhead.folder.format import HEAD_FILE
@@ -477,3 +479,26 @@ def test_installed_commands():
     for name in ("convert", "generate", "demo"):
         (command,) = commands.select(name=f"mlx_flashhead.{name}")
         assert callable(command.load())
+
+
+def test_commands_by_their_short_names():
+    """As mlx_lm has them; one that does not exist is refused in a line."""
+    shown = invoke(short_command, "--help").output
+    commands = importlib.metadata.entry_points(group="console_scripts")
+    names = [c.name[14:] for c in commands if c.name.startswith("mlx_flashhead.")]
+    assert len(names) > 8
+    for name in names:
+        assert re.search(rf"^  {name} ", shown, flags=re.M), name
+    theirs = invoke(generate_command, "--help").output
+    for name in ("generate", "mlx_flashhead.generate"):
+        ours = invoke(short_command, name, "--help").output
+        assert ours.splitlines()[1:] == theirs.splitlines()[1:]
+    unknown = invoke(short_command, "compile")
+    assert unknown.exit_code == 2 and unknown.output.count("\n") == 1
+    assert "no command 'compile'; there are benchmark, chat, " in unknown.output
+    assert invoke(short_command, "--version").output == f"{__version__}\n"
+
+
+def test_the_package_runs_as_a_module(tmp_path):
+    done = run(sys.executable, "-m", "mlx_flashhead", "generate", "-h", cwd=tmp_path)
+    assert done.stdout.startswith("Usage: mlx_flashhead generate [OPTIONS]")

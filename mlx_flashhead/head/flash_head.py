@@ -246,7 +246,7 @@ class FlashHead(nn.Module):
     def product_dtype(self, dtype: mx.Dtype) -> mx.Dtype:
         """Dtype that :meth:`clustered` rounds logits to for states of a dtype: it holds
         both theirs and the rows'."""
-        return mx.result_type(dtype, self.rows.dtype)
+        return (mx.zeros((), dtype) + mx.zeros((), self.rows.dtype)).dtype
 
     def retrieve(self, x: mx.array) -> Retrieved:
         """Both stages for hidden states ``x [B, D]``."""

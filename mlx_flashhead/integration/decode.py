@@ -8,6 +8,7 @@ the functions run untouched, on logits over the whole vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -84,8 +85,9 @@ def acceptance() -> Iterator[Acceptance]:
 
 def slot_of(model: Any) -> FlashLinear | None:
     """What stands in the place of a model's head, where that is a FlashHead."""
-    slots = list(flash_slots(model)) if isinstance(model, nn.Module) else []
-    return slots[0] if len({id(slot.head) for slot in slots}) == 1 else None
+    slots = flash_slots(model) if isinstance(model, nn.Module) else ()
+    of_heads = {id(slot.head): slot for slot in slots}  # one may stand at two places
+    return next(iter(of_heads.values())) if len(of_heads) == 1 else None
 
 
 def head_of(model: Any) -> FlashHead | None:
@@ -131,6 +133,7 @@ class _StandIn:
         model: The model.
         head: Its FlashHead; ``None`` leaves all to the model.
         longest: Positions at once that are drawn; more are a prompt.
+        untold: Tokens at first that processors are not told of.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class _StandIn:
         keys: Keys,
         processors: Sequence[Processor] = (),
         longest: int = 1,
+        untold: int = 0,
     ):
         self._turn = turn
         self._model = model
@@ -150,16 +154,21 @@ class _StandIn:
         self._keys = keys
         self._processors = processors
         self._longest = longest
+        self._untold = untold
         self._tokens: list[mx.array] = []
+        # Whoever asks for the signature sees the model's; a call looks at the class.
+        vars(self)["__call__"] = model.__call__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, inputs: mx.array, **kwargs: Any) -> mx.array:
         self._turn.model, self._turn.drawn = self, None
-        if self._processors and inputs.size:
+        if self._processors and inputs.size and self._untold <= 0:
             self._tokens = [mx.concatenate([*self._tokens, inputs[0]])]
-        n = inputs.shape[1]
+        self._untold -= inputs.shape[1]
+        embeddings = kwargs.get("input_embeddings")
+        n = (inputs if embeddings is None else embeddings).shape[1]
         if self._head is None or n > self._longest:
             return self._model(inputs, **kwargs)
         if n > 1 and prefers_dense(self._head, n, self._settings.sorts):
@@ -189,8 +198,6 @@ def generate_step(stock: Step) -> Step:
             yield from exact_generate_step(stock, slot, prompt, model, *args, **kwargs)
             return
         request = read_request(model, *options)
-        if kwargs.get("input_embeddings") is not None:
-            request = None  # mlx-lm looks at the model's signature
         if request is None or prefers_dense(request[0], 1, request[1].sorts):
             yield from stock(prompt, model, *args, **kwargs)
             return
@@ -198,7 +205,8 @@ def generate_step(stock: Step) -> Step:
         turn = _Turn(None)
         drawn: deque[Drawn | None] = deque()
         turn.on_sample = drawn.append
-        stand_in = _StandIn(turn, model, head, settings, Keys(), processors)
+        keys, untold = Keys(model), _untold(stock, len(prompt))
+        stand_in = _StandIn(turn, model, head, settings, keys, processors, 1, untold)
         kwargs.update(sampler=turn.sampler, logits_processors=None)
         steps = stock(prompt, stand_in, *args, **kwargs)
         with closing(steps):
@@ -210,6 +218,13 @@ def generate_step(stock: Step) -> Step:
     return generate_step
 
 
+def _untold(stock: Step, prompt_length: int) -> int:
+    """Tokens of a prompt that mlx-lm's processors are not told of: before 0.32, all but
+    the last."""
+    new = "stream" in inspect.signature(stock).parameters
+    return 0 if new else prompt_length - 1
+
+
 def exact_generate_step(
     stock: Step,
     slot: FlashLinear,
@@ -219,14 +234,13 @@ def exact_generate_step(
     **kwargs: Any,
 ) -> Iterator[tuple[int, mx.array]]:
     """mlx-lm's ``generate_step``, whose tokens are the dense head's own."""
-    head, embeddings = slot.head, kwargs.get("input_embeddings")
-    if head.transform is None or embeddings is not None:
+    if slot.head.transform is None:
         # The slot answers with the dense product.
         yield from stock(prompt, model, *args, **kwargs)
         return
     processors = kwargs.get("logits_processors") or []
     decoder = ExactDecoder(slot, model, kwargs.get("sampler"), processors)
-    stand_in = _ExactStandIn(decoder, model, len(prompt), kwargs)
+    stand_in = _ExactStandIn(stock, decoder, model, prompt, kwargs)
     kwargs.update(sampler=stand_in.sampler, logits_processors=None)
     steps = stock(prompt, stand_in, *args, **kwargs)
     try:
@@ -242,48 +256,57 @@ class _ExactStandIn:
     zeros.
 
     Args:
+        stock: mlx-lm's ``generate_step``.
         decoder: Finds them.
         model: The model.
-        prompt_length: Tokens of the prompt.
+        prompt: Its tokens; empty where there are only embeddings.
         options: What ``generate_step`` was called with.
     """
 
     def __init__(
         self,
+        stock: Step,
         decoder: ExactDecoder,
         model: nn.Module,
-        prompt_length: int,
+        prompt: mx.array,
         options: dict[str, Any],
     ):
         self._decoder = decoder
         self._model = model
         # The prompt's last token is the first step; the others come in pieces, which
         # may be of one token, too, and mlx-lm asks for nothing after them.
-        self._before = prompt_length - 1
+        embeddings = options.get("input_embeddings")
+        self._before = len(prompt if embeddings is None else embeddings) - 1
+        self._untold = _untold(stock, len(prompt))
         self.verified: deque[Verified] = deque()
         # mlx-lm takes one step more than it yields tokens.
         n = options.get("max_tokens", 256)
         self._left = n + 1 if n >= 0 else 1 << 62
         self._quantized_from: int | None = None
         if options.get("kv_bits") is not None:
-            self._quantized_from = options.get("quantized_kv_start", 5000)
+            default = inspect.signature(stock).parameters["quantized_kv_start"].default
+            self._quantized_from = options.get("quantized_kv_start", default)
         self._context: list[mx.array] = []
+        vars(self)["__call__"] = model.__call__  # for its signature
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, inputs: mx.array, **kwargs: Any) -> mx.array:
         decoder = self._decoder
-        if decoder.processors and inputs.size:
+        if decoder.processors and inputs.size and self._untold <= 0:
             self._context = [mx.concatenate([*self._context, inputs[0]])]
+        self._untold -= inputs.shape[1]
         if self._before > 0:
-            self._before -= inputs.shape[1]
+            embeddings = kwargs.get("input_embeddings")
+            self._before -= (inputs if embeddings is None else embeddings).shape[1]
             return self._model(inputs, **kwargs)
         context = self._context[0] if self._context else mx.zeros((0,), mx.uint32)
-        cache = kwargs.get("cache")
+        cache = kwargs.pop("cache", None)
         at_most = min(self._left, self._until_quantized(cache))
         self._left -= 1
-        self.verified.append(decoder.next(inputs[0], cache, context, at_most))
+        found = decoder.next(inputs[0], cache, context, at_most, **kwargs)
+        self.verified.append(found)
         return mx.zeros((1, 1, 1))
 
     def _until_quantized(self, cache: Any) -> int:
@@ -313,7 +336,7 @@ def speculative_generate_step(stock: Step) -> Step:
     ) -> Iterator[tuple[int, mx.array, bool]]:
         count = _acceptance.get() or Acceptance()
         sampler, processors = kwargs.get("sampler"), kwargs.get("logits_processors")
-        turn, keys = _Turn(sampler), Keys()
+        turn, keys = _Turn(sampler), Keys(model)
 
         def stand_in(model: nn.Module, longest: int) -> _StandIn:
             slot = slot_of(model)
@@ -358,7 +381,7 @@ def batch_step(stock: Step) -> Step:
     @wraps(stock)
     def _step(self: Any) -> tuple[list[int], list[mx.array]]:
         if not hasattr(self, "_flash"):
-            self._flash = slot_of(self.model), Keys()
+            self._flash = slot_of(self.model), Keys(self.model)
         slot, keys = self._flash
         if slot is None or not self.uids:
             return stock(self)

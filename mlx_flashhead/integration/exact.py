@@ -128,7 +128,7 @@ class ExactDecoder:
         self.readable: list[Processor] | None = read_processors(
             processors, self.head.vocab_size
         )
-        self.keys = Keys(seed)
+        self.keys = Keys(model, seed)
         self.longest = slot.verify_every
         self.count = _verification.get() or Verification()
         self._size = 1
@@ -155,22 +155,28 @@ class ExactDecoder:
         )
 
     def next(
-        self, token: mx.array, cache: Any, context: mx.array, at_most: int
+        self,
+        token: mx.array,
+        cache: Any,
+        context: mx.array,
+        at_most: int,
+        **options: Any,
     ) -> Verified:
         """What follows ``token [1]``, whose step this is.
 
         Args:
-            token: The token before.
+            token: The token before; ``[0]`` where ``options`` have its embedding.
             cache: The prompt cache, which is where that token left it.
             context: The tokens so far, that one included, ``[n]``.
             at_most: Further steps that the caller will take, at most.
+            options: What the model is called with in this step, besides.
         """
         if self._due:
-            self._step(token, cache)
+            self._step(token, cache, **options)
             return self._due.popleft()
         if not self._ahead:
             self.close()
-            self._run(token, cache, context, at_most)
+            self._run(token, cache, context, at_most, **options)
         self._served += 1
         return self._ahead.popleft()
 
@@ -183,6 +189,11 @@ class ExactDecoder:
         self._rollback, self._served = None, 0
         self._due.extend(self._ahead)
         self._ahead.clear()
+
+    def restart(self) -> None:
+        """The same, and forget what was verified: another token comes next."""
+        self.close()
+        self._due.clear()
 
     @property
     def due(self) -> Verified | None:
@@ -202,13 +213,19 @@ class ExactDecoder:
         else:
             self._position += 1
 
-    def _step(self, token: mx.array, cache: Any) -> None:
+    def _step(self, token: mx.array, cache: Any, **options: Any) -> None:
         """Only the body's step of a token whose successor is verified."""
-        mx.async_eval(hidden_state(self.head, self.model, token[None], cache=cache))
+        h = hidden_state(self.head, self.model, token[None], cache=cache, **options)
+        mx.async_eval(h)
         self.count.steps += 1
 
     def _run(
-        self, token: mx.array, cache: Any, context: mx.array, at_most: int
+        self,
+        token: mx.array,
+        cache: Any,
+        context: mx.array,
+        at_most: int,
+        **options: Any,
     ) -> None:
         """Draft and verify a chunk that begins with ``token``."""
         size = max(1, min(self._size, at_most, self.longest))
@@ -224,7 +241,9 @@ class ExactDecoder:
         while True:
             if self._rollback is not None:
                 self._rollback.step()
-            h = hidden_state(self.head, self.model, tokens[-1][None], cache=cache)
+            latest = tokens[-1][None]
+            h = hidden_state(self.head, self.model, latest, cache=cache, **options)
+            options = {}
             states.append(h[:, -1])
             if len(states) == size or self._ends(tokens):
                 break
@@ -287,7 +306,7 @@ class ExactDecoder:
             )
         keys = self.keys.several(self._position, len(logits), settings)
         drawn = coupled.draw(head, settings, logits, keys)
-        drafts = mx.concatenate(tokens)[1:]
+        drafts = mx.concatenate([mx.zeros((0,), mx.uint32), *tokens[1:]])
         mx.eval(drawn, drafts)  # all at once: each wait for the device takes its time
         found, drafted = _values(drawn.tokens), _values(drafts)
         certain = _values(drawn.certain)
@@ -328,7 +347,8 @@ class ExactDecoder:
             context: The tokens so far, ``[n]``.
         """
         row = logits[:, self.head.positions]
-        for processor in self.processors:
+        # mlx-lm asks none before there is a token.
+        for processor in self.processors if len(context) else ():
             row = processor(context, row)
         return row - mx.logsumexp(row, axis=-1, keepdims=True)
 

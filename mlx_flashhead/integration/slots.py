@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -52,6 +53,19 @@ def hidden_state(
     return states[-1]
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a model was before a FlashHead was attached to it.
+
+    Attributes:
+        module: What stood where the slot stands now, without its rows.
+        dtypes: Those of the parameters, by their names: on a CPU, they are cast.
+    """
+
+    module: nn.Module
+    dtypes: dict[str, mx.Dtype]
+
+
 class FlashLinear(nn.Module):
     """Stands in for the ``nn.Linear`` of a model whose embedding is another table.
 
@@ -63,6 +77,7 @@ class FlashLinear(nn.Module):
           first, the slot answers every call with the dense product.
         verify_every (int): Positions that exact decoding verifies at once.
         stop_tokens (frozenset[int]): Tokens that end a text.
+      before (Before, optional): What to detach it to, where it was attached.
     """
 
     def __init__(self, head: FlashHead):
@@ -71,6 +86,7 @@ class FlashLinear(nn.Module):
         self.decoding: Decoding = "approximate"
         self.verify_every = 1
         self.stop_tokens: frozenset[int] = frozenset()
+        self.before: Before | None = None
 
     @property
     def exact(self) -> bool:

@@ -130,7 +130,7 @@ def generate_step(stock: Step) -> Step:
             if slot.exact and slot.head.transform is not None:
                 stand_in = _Exact(slot, text, request, kwargs["max_tokens"])
             elif not slot.exact and (known := request.known(slot.head)):
-                stand_in = _Drawing(slot, text, *known, Keys(request.seed))
+                stand_in = _Drawing(slot, text, *known, Keys(model, request.seed))
         if stand_in is None or request is None:
             yield from stock(input_ids, model, pixel_values, mask, **kwargs)
             return
@@ -384,7 +384,7 @@ def _approximate_step(
     if drawing is None:
         return None
     if not hasattr(batch, "_keys"):
-        batch._keys = Keys(request.seed)
+        batch._keys = Keys(batch.model, request.seed)
     inputs = batch._next_tokens[:, None]
     h = hidden_state(head, _text_of(batch), inputs, cache=batch.prompt_cache)[:, -1]
     contexts = _contexts(batch)

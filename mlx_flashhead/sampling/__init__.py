@@ -1,6 +1,6 @@
 """Tokens drawn among a FlashHead's candidates, the whole vocabulary counted."""
 
-from .draw import Drawn, draw, fits, full_logits, logprobs
+from .draw import Drawn, draw, fits, full_logits, logprobs, split, token_logprobs
 from .settings import Bias, Penalty, Processor, Settings, Tempered
 
 __all__ = [
@@ -14,4 +14,6 @@ __all__ = [
     "fits",
     "full_logits",
     "logprobs",
+    "split",
+    "token_logprobs",
 ]

@@ -183,10 +183,10 @@ def process(
     Args:
         head: The head.
         processors: Processors that are known.
-        context: The tokens so far, ``[n]``.
+        context: The tokens so far, ``[n]``; before there is one, mlx-lm asks none.
         logits: The model's, in cluster order.
     """
-    for processor in processors:
+    for processor in processors if len(context) else ():
         if isinstance(processor, Bias):
             at = head.positions[processor.ids]
             logits = logits.at[:, at].add(processor.values.astype(logits.dtype))

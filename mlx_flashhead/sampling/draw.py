@@ -75,7 +75,7 @@ def draw(
         head: The head; :func:`fits` holds.
         settings: How to draw.
         h: Hidden states ``[B, D]``.
-        key: Random key, uint32 ``[2]``.
+        key: Random key, uint32 ``[2]``, or one for each hidden state, ``[B, 2]``.
         processors: Logits processors, for one hidden state.
         context: The tokens so far ``[n]``, for the processors.
     """
@@ -131,11 +131,18 @@ def _draw(
     exempt = None
     if settings.xtc_special_tokens:
         exempt = settings.xtc_exempt(head.token_ids[probes].reshape(exact.shape))
-    keys = key[None] if len(h) == 1 else mx.random.split(key, len(h))
+    keys = split(key, len(h))
     tokens = kernels.draft_sampled(
         logits, probes, head.token_ids, shaping, keys, law, tail, exempt
     )
     return tokens, centroid_logits, probes, exact
+
+
+def split(key: mx.array, n: int) -> mx.array:
+    """Keys of n draws, uint32 ``[n, 2]``: of one for all ``[2]``, or these."""
+    if key.ndim == 2:
+        return key
+    return key[None] if n == 1 else mx.random.split(key, n)
 
 
 def _model_scores(
@@ -211,6 +218,42 @@ def _logits(
         mx.concatenate([probes, cluster], axis=1),
         mx.concatenate([exact, head.score(h, cluster)[:, 0]], axis=1),
     )
+
+
+def token_logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
+    """Those of :func:`logprobs` of the tokens that were drawn, float32 ``[B]``, from
+    what is known of all others: no array of the vocabulary's size is made."""
+    if drawn.edits is not None:
+        found = mx.take_along_axis(logprobs(head, drawn), drawn.tokens[:, None], axis=1)
+        return found[:, 0]
+    states, tokens = drawn.states, drawn.tokens
+    return run(head, _token_logprobs, (), states, tokens, *drawn.retrieved)
+
+
+def _token_logprobs(
+    head: FlashHead,
+    h: mx.array,
+    tokens: mx.array,
+    centroid_logits: mx.array,
+    probes: mx.array,
+    exact: mx.array,
+) -> mx.array:
+    cluster, slot = mx.divmod(head.positions[tokens][:, None], head.cluster_size)
+    # The token's cluster counts by its rows, be it among those that were probed or not.
+    own = _model_logits(head, head.score(h, cluster)[:, 0])
+    rows = _model_logits(head, exact).reshape(*probes.shape, head.cluster_size)
+    rows = mx.where((probes == cluster)[..., None], -mx.inf, rows)
+    known = mx.concatenate([probes, cluster], axis=1)
+    tail = masses.log_masses(head, centroid_logits)
+    tail = mx.put_along_axis(tail, known, mx.array(-mx.inf), axis=1)
+    every = mx.concatenate([own, rows.reshape(len(h), -1), tail], axis=1)
+    token = mx.take_along_axis(own, slot, axis=1)[:, 0]
+    return token - mx.logsumexp(every, axis=1)
+
+
+def _model_logits(head: FlashHead, logits: mx.array) -> mx.array:
+    """What the model makes of its head's logits; padding stays ``-inf``."""
+    return mx.where(logits > -mx.inf, known_transform(head)(logits), -mx.inf)
 
 
 def full_logits(head: FlashHead, h: mx.array) -> mx.array:
