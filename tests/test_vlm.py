@@ -21,7 +21,7 @@ from mlx_flashhead.convert import convert
 from small_models import EOS
 from test_server import environment, run, serving
 
-from mlx_flashhead import flash_heads, load, patch, unpatch
+from mlx_flashhead import attach, detach, flash_heads, load, patch, unpatch
 from mlx_flashhead.integration.exact import verification
 from mlx_flashhead.integration.locate import find_head, flash_slots, resolve_path
 from mlx_flashhead.run import run as run_here
@@ -150,6 +150,33 @@ def test_a_changed_folder_is_refused(folders, tmp_path):
     mx.save_safetensors(str(tmp_path / "model.safetensors"), other)
     with pytest.raises(ValueError, match="model.safetensors is not what was converted"):
         load_flash(tmp_path)
+
+
+@each("gemma3")
+def test_a_sidecar_and_attach(vlm, folders, tmp_path):
+    """With a model that stays as it is."""
+    name, plain, _ = vlm
+    source, _ = folders[name]
+    sizes = {"cluster_size": 8, "n_probes": 30, "verbose": False}
+    convert(str(source), sidecar=tmp_path / "a.safetensors", **sizes)
+    patch(flashhead=tmp_path / "a.safetensors")
+    model = utils.load_model(source)
+    with verification() as count:
+        assert tokens(model, name) == tokens(plain, name)
+    assert count.accepted > 20
+    unpatch()
+    model = utils.load_model(source)
+    attach(model, tmp_path / "a.safetensors", exact=True)
+    assert tokens(model, name, 12) == tokens(plain, name, 12)
+    patch()
+    with verification() as count:
+        assert tokens(model, name) == tokens(plain, name)
+    assert count.accepted > 20
+    detach(model)
+    unpatch()
+    own = dict(tree_flatten(plain.parameters()))
+    again = dict(tree_flatten(model.parameters()))
+    assert own.keys() == again.keys() and all((own[k] == again[k]).all() for k in own)
 
 
 # ---------------------------------------------------------------------------
