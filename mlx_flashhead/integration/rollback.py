@@ -349,3 +349,6 @@ _RECORDS: dict[type, type[_Record]] = {
     mlx_lm_caches.ChunkedKVCache: _Chunked,
     mlx_lm_caches.ArraysCache: _Replacing,
 }
+if not hasattr(mlx_lm_caches.ChunkedKVCache, "keys_and_values"):
+    # Before mlx-lm 0.32 it takes free slots of its buffer for tokens, and cuts wrongly.
+    del _RECORDS[mlx_lm_caches.ChunkedKVCache]
