@@ -194,6 +194,10 @@ SETTINGS = {
     "batch of falcon_h1": Setting("falcon_h1", rows=3),
     "batch of qwen3_next": Setting("qwen3_next", rows=2),
 }
+# Before mlx-lm 0.32 it fails with chunks as small as these, and is not rolled back.
+NO_CHUNKS = not hasattr(mlx_lm_caches.ChunkedKVCache, "keys_and_values")
+if NO_CHUNKS:
+    del SETTINGS["ChunkedKVCache of llama4"]
 
 
 def leaves(cache) -> list:
@@ -318,7 +322,8 @@ class Broken:
 
 @pytest.mark.parametrize("keep", range(4))
 @pytest.mark.parametrize(
-    "name", ["KVCache", "RotatingKVCache", "ChunkedKVCache of llama4"]
+    "name",
+    ["KVCache", "RotatingKVCache", *SETTINGS.keys() & {"ChunkedKVCache of llama4"}],
 )
 def test_a_step_that_fails_half_way_is_undone(name, keep):
     setting = SETTINGS[name]
@@ -349,7 +354,7 @@ def test_a_step_that_fails_half_way_is_undone(name, keep):
     [
         "QuantizedKVCache",
         "RotatingKVCache",
-        "ChunkedKVCache of llama4",
+        *SETTINGS.keys() & {"ChunkedKVCache of llama4"},
         "CacheList of falcon_h1",
     ],
 )
@@ -404,7 +409,8 @@ def test_every_cache_of_mlx_lm_is_supported():
         cache = cls.__new__(cls)
         if cls is mlx_lm_caches.CacheList:
             cache.caches = (KVCache(),)
-        assert supported([KVCache(), cache]), cls
+        known = cls is not mlx_lm_caches.ChunkedKVCache or not NO_CHUNKS
+        assert supported([KVCache(), cache]) is known, cls
 
 
 def test_a_cache_that_is_not_known_is_refused():

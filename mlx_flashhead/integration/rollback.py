@@ -380,3 +380,6 @@ _RECORDS: dict[str, type[_Record]] = {
     f"{_MLX_VLM}.BatchRotatingKVCache": _BatchRotating,
     f"{_MLX_VLM}.ArraysCache": _Counting,
 }
+if not hasattr(mlx_lm_caches.ChunkedKVCache, "keys_and_values"):
+    # Before mlx-lm 0.32 it takes free slots of its buffer for tokens, and cuts wrongly.
+    del _RECORDS[mlx_lm_caches.ChunkedKVCache]

@@ -66,7 +66,7 @@ def read_sampler(sampler: Any) -> Settings | None:
         settings.update(arguments)
     if order != [m for m in _METHODS.values() if m in order]:
         return None
-    settings["xtc_special_tokens"] = tuple(settings.get("xtc_special_tokens", ()))
+    settings["xtc_special_tokens"] = tuple(settings.get("xtc_special_tokens") or ())
     return _checked(Settings(**settings))
 
 
