@@ -27,6 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 from mlx.utils import tree_map
+from mlx_lm.models import cache as mlx_lm_caches
 
 # The slots of a full RotatingKVCache that are copied at a time: about a draft's tokens.
 _BLOCK = 16
@@ -382,4 +383,4 @@ _RECORDS: dict[str, type[_Record]] = {
 }
 if not hasattr(mlx_lm_caches.ChunkedKVCache, "keys_and_values"):
     # Before mlx-lm 0.32 it takes free slots of its buffer for tokens, and cuts wrongly.
-    del _RECORDS[mlx_lm_caches.ChunkedKVCache]
+    del _RECORDS[f"{_MLX_LM}.ChunkedKVCache"]
