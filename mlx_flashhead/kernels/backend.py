@@ -196,6 +196,13 @@ def short(value: object) -> str:
     return str(value).lower()
 
 
+@lru_cache(maxsize=256)
+def words(values: tuple[int, ...]) -> mx.array:
+    """Settings for a kernel, uint32, as an array that is kept: at least 8, for fewer
+    are no device buffer in Metal."""
+    return mx.array([*values, *([0] * (8 - len(values)))], dtype=mx.uint32)
+
+
 @lru_cache
 def bounds_registers() -> bool:
     """Whether Apple's compiler takes the number of threads as an attribute of a kernel
