@@ -220,7 +220,7 @@ EVERY_FILTER = draft.LAWS["XTC, all"]
 @pytest.mark.parametrize(
     "module, name, case",
     [
-        (select_probes, "_kernel", select_probes.Case(70, 5)),
+        (select_probes, "_kept", select_probes.Case(70, 5)),
         (blocks, "_read", blocks.Case(kernels.Law(0.8), 5, 12, 33, 32, 0, 32)),
         (draft, "_sampled", draft.Case(EVERY_FILTER, 5, 12, 33, 32, 0, 32)),
     ],

@@ -47,7 +47,8 @@ def cases(kernel, slow=lambda case: False):
 @pytest.mark.parametrize("case", cases(select_probes, lambda case: case.C > 10_000))
 def test_select_probes(case):
     scores, spread = select_probes.inputs(case)
-    got = select_probes._launch(scores, case.p, spread, select_probes.largest(case))
+    threads = select_probes.largest(case)
+    got = select_probes._launch(scores, case.p, spread, threads, case.kept)
     total = np.array(scores.astype(mx.float32))
     if spread is not None:
         total = total + np.array(spread.astype(mx.float32))
@@ -59,16 +60,17 @@ def test_select_probes(case):
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1.0, -2.0, 1e-40]
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("flush", [False, True])
 @pytest.mark.parametrize("p", [1, 150, 299])
-def test_select_probes_breaks_ties_by_index(p, flush, monkeypatch):
+def test_select_probes_breaks_ties_by_index(p, flush, kept, monkeypatch):
     """Also among subnormal numbers, where a device has none: scores are compared as
     integers."""
     device = emulator.device(flush_subnormals=flush)
     monkeypatch.setattr(backend.Kernel, "__call__", device)
     picked = np.random.default_rng(p).choice(SPECIAL, size=(2, 300))
     scores = mx.array(picked.astype(np.float32))
-    got = select_probes._launch(scores, p, None, 256)
+    got = select_probes._launch(scores, p, None, 256, kept)
     want = reference.select(picked.astype(np.float32), p)
     np.testing.assert_array_equal(np.array(got), want)
 
@@ -142,7 +144,9 @@ def test_fewer_threads_where_registers_are_few(name, monkeypatch, recwarn):
     monkeypatch.setattr(backend, "states", {})
     monkeypatch.setattr(backend.Kernel, "__call__", emulator.device(max_threads=512))
     assert mx.array_equal(CALLS[name](), with_all)
-    ((variant, state),) = backend.states.items()
+    # Of select_probes first the kernel that keeps more in registers was tried.
+    *refused, (variant, state) = backend.states.items()
+    assert all(other.threads == 0 for _, other in refused)
     assert variant.startswith(name) and state.threads == 512
     assert "1024) is greater than" in state.words
     assert doctor.report(run=False)["kernels"][variant] == state.words
@@ -170,6 +174,7 @@ ALL_RULES = draft.LAWS["XTC, all"]
     "kernel, case",
     [
         (select_probes, select_probes.Case(2049, 128, mx.bfloat16, mx.float32)),
+        (select_probes, select_probes.Case(2049, 128, mx.bfloat16, kept=True)),
         (blocks, blocks.Case(kernels.Law(0.8), 16, 20, 300)),
         (draft, draft.Case(ALL_RULES, 16, 20, 40, 96, 8, 32, mx.bfloat16)),
     ],

@@ -256,11 +256,29 @@ def largest_group(variant: str, most: int, check: Callable[[int], None]) -> int:
     return states[variant].threads
 
 
-def attempt(most: int, check: Callable[[int], None]) -> State:
+def runs(variant: str, threads: int, check: Callable[[int], None]) -> bool:
+    """Whether the kernel runs here with so many threads; where it does not, another is
+    to take its place, so nothing is warned of.
+
+    Args:
+        variant (str): The kernel and what its code depends on.
+        threads (int): Threads per threadgroup.
+        check (Callable): As for :func:`largest_group`.
+    """
+    if kind() == "plain":
+        return False
+    if variant not in states:
+        states[variant] = attempt(threads, check, (threads,))
+    return states[variant].threads > 0
+
+
+def attempt(
+    most: int, check: Callable[[int], None], groups: Sequence[int] = GROUPS
+) -> State:
     """With how many threads, of at most ``most``, ``check`` passes: see
     :func:`largest_group`."""
     failures = []
-    for threads in [n for n in GROUPS if n <= most] or [most]:
+    for threads in [n for n in groups if n <= most] or [most]:
         try:
             check(threads)
         except Exception as error:  # whatever the device's compiler or runtime says

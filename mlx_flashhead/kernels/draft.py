@@ -21,7 +21,7 @@ from ._prelude import LARGE_GROUP, SMALL_GROUP
 from .blocks import reference as _summary
 from .blocks import summarize
 from .draw_cases import LAWS, Case, made
-from .law import Draft, Draw
+from .law import Draft, Draw, Law
 from .noise import Noise
 from .rows import INPUTS
 from .shaping import float_bits
@@ -157,9 +157,10 @@ def _masses(exact: mx.array, draw: Draw) -> mx.array:
 
 def _most(draw: Draw) -> int:
     """Threads of a group that takes so much."""
-    n_candidates = draw.probes.shape[1] * draw.token_ids.shape[1]
+    p = draw.probes.shape[1]
     filtered = any(_options(draw).values())
-    return LARGE_GROUP if filtered and n_candidates > 2048 else SMALL_GROUP
+    large = filtered and p * draw.token_ids.shape[1] > 2048
+    return LARGE_GROUP if large or p + draw.n_stretches > 512 else SMALL_GROUP
 
 
 def _options(draw: Draw) -> dict[str, bool]:
@@ -179,34 +180,53 @@ def _options(draw: Draw) -> dict[str, bool]:
 
 
 def _launch(logits: mx.array, draw: Draw, summary: mx.array, threads: int) -> Draft:
-    law, rows, b = draw.law, draw.tail.rows, len(logits)
-    outputs: list[tuple[tuple[int, ...], mx.Dtype]] = []
-    outputs += [((b,), mx.uint32), ((b,), mx.float32)]
-    launch = {"groups": (1, b), "threads": threads, "outputs": outputs}
-    if law is None:
-        settings = backend.words((draw.probes.shape[1],))
-        return Draft(*_greedy([summary, settings], template=[], **launch))
-    assert rows is not None  # or there is no kernel
+    if draw.law is None:
+        found = _launch_greedy(draw, summary, threads)
+    else:
+        found = _launch_sampled(logits, draw, draw.law, summary, threads)
+    return Draft(*found)
+
+
+def _outputs(b: int) -> list[tuple[tuple[int, ...], mx.Dtype]]:
+    return [((b,), mx.uint32), ((b,), mx.float32)]
+
+
+def _launch_greedy(draw: Draw, summary: mx.array, threads: int) -> list[mx.array]:
+    b, p = draw.probes.shape
+    return _greedy(
+        [summary, backend.words((p,))],
+        template=[],
+        groups=(1, b),
+        threads=threads,
+        outputs=_outputs(b),
+    )
+
+
+def _launch_sampled(
+    logits: mx.array, draw: Draw, law: Law, summary: mx.array, threads: int
+) -> list[mx.array]:
+    rows = draw.tail.rows
+    assert rows is not None and draw.keys is not None  # or there is no kernel
     rules = law.rules or filters.Rules()
-    words = [float_bits(law.temperature), *draw.shaping.words, rules.limit]
-    words += [rules.share, rules.top_k, rows.n_rows, rules.min_tokens_to_keep]
-    words += [int(rules.xtc_threshold * 2**31), float_bits(law.xtc_probability)]
-    words += [len(law.special), float_bits(rules.top_p)]
-    options = draw.options
-    template = [(name, options[name]) for name in ("EMPTY", "TAIL")]
-    return Draft(
-        *_sampled(
-            [
-                *(logits, draw.probes, draw.token_ids, backend.words(tuple(words))),
-                *(draw.keys, summary, backend.words(law.special)),
-                *(draw.tail.centroid_logits, draw.tail.at_one, *rows.inputs),
-            ],
-            template=[
-                *(*rows.template, *draw.shaping.template, *template),
-                *_options(draw).items(),
-            ],
-            **launch,
-        )
+    words = (
+        *(float_bits(law.temperature), *draw.shaping.words),
+        *(rules.limit, rules.share, rules.top_k, rows.n_rows),
+        *(rules.min_tokens_to_keep, int(rules.xtc_threshold * 2**31)),
+        *(float_bits(law.xtc_probability), len(law.special), float_bits(rules.top_p)),
+    )
+    return _sampled(
+        [
+            *(logits, draw.probes, draw.token_ids, backend.words(words)),
+            *(draw.keys, summary, backend.words(law.special)),
+            *(draw.tail.centroid_logits, draw.tail.at_one, *rows.inputs),
+        ],
+        template=[
+            *(*rows.template, *draw.shaping.template, *_options(draw).items()),
+            *((name, draw.options[name]) for name in ("EMPTY", "TAIL")),
+        ],
+        groups=(1, len(logits)),
+        threads=threads,
+        outputs=_outputs(len(logits)),
     )
 
 

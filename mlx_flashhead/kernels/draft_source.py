@@ -307,16 +307,17 @@ SAMPLED = """
         sum = simd_sum(simd_lid < SIMDGROUPS ? parts[simd_lid] : 0.0f);
         rest = simd_sum(simd_lid < SIMDGROUPS ? rests[simd_lid] : 0.0f);
     }
-    // In turn: top-p; where min-p keeps some tokens in any case, how far away those are;
-    // XTC; top-k. Whatever counts tokens looks at the best of clusters first: the k best
-    // tokens are in the clusters of the k best of those.
+    // In turn: top-p; where min-p keeps some tokens in any case, how far away those
+    // are; XTC; top-k. Whatever counts tokens looks at the best of clusters first: the
+    // k best tokens are in the clusters of the k best of those.
     uint bound = ~0u;
     uint farthest = 0;
     for (int stage = 0; FILTERED && stage < 6; stage++) {
         if (stage == 3) {
             limit = min(limit, max(settings[3], farthest));
             bound = limit;
-            if (XTC && uniform_number(words[4], words[5], 0, 1) <= as_type<float>(settings[9])) {
+            float coin = uniform_number(words[4], words[5], 0, 1);
+            if (XTC && coin <= as_type<float>(settings[9])) {
                 // Masses that count at all.
                 uint n = list_blocks<THREADS>(
                     summary, entries, n_entries, P, top, min(limit, 0x7fffffffu),
@@ -415,7 +416,7 @@ SAMPLED = """
                     uint number = 1;
                     if (stage == 0) {
                         number = share_of(levels, inverse);
-                    } else if (XTC && stage == 5 && share_of(levels, inverse) > lowest) {
+                    } else if (XTC && share_of(levels, inverse) > lowest) {
                         uint c = probes[size_t(row) * P + q];
                         number = is_one_of(
                             special, settings[10], token_ids[size_t(c) * M + r]);

@@ -10,8 +10,8 @@ import mlx.core as mx
 from . import backend
 from .rows import INPUTS, METAL, Rows
 
-# What stands before: where a thread is. A kernel that goes on with the logits FINDS them
-# in threadgroup memory as well, and all its threads come to its barriers.
+# What stands before: where a thread is. A kernel that goes on with the logits FINDS
+# them in threadgroup memory as well, and all its threads come to its barriers.
 BEGIN = """
     constexpr int SIMDGROUPS = THREADS / 32;
     static_assert(THREADS % 32 == 0, "whole simdgroups");

@@ -83,15 +83,15 @@ def draw(
         processors: Logits processors, for one hidden state.
         context: The tokens so far ``[n]``, for the processors.
     """
-    weights = [
+    heated, at_one = (
         constant(head, masses.log_weights, temperature)
         for temperature in (1.0 if settings.greedy else settings.temp, 1.0)
-    ]
+    )
     if not processors:
-        tokens, logprob, *scored = run(head, _draw, (settings,), h, key, *weights)
+        tokens, logprob, *scored = run(head, _draw, (settings,), h, key, heated, at_one)
         return Drawn(tokens, logprob, Retrieved(*scored), h)
     edits = processing.apply(head, processors, context, h)
-    tokens, logprob, *scored = _draw(head, settings, h, key, *weights, edits=edits)
+    tokens, logprob, *scored = _draw(head, settings, h, key, heated, at_one, edits)
     return Drawn(tokens, logprob, Retrieved(*scored), h, edits)
 
 
