@@ -178,3 +178,38 @@ def test_filters(name):
     if law.xtc_probability:
         assert 0 < drops.sum() < n and left[1].sum() < left[0].sum()
         assert not left[1][np.isin(ids, tokens[~drops])].all()
+
+
+PLANTED = {
+    "special tokens are dropped": (
+        "XTC, all",
+        "kept = is_one_of(",
+        "kept = !is_one_of(",
+    ),
+    "too few clusters are listed": ("top-k", "least -= 1e-3f", "least += 1e-1f"),
+    "top-p looks too near": ("top-p", "precise::log(2.0f * float", "0.2f * float"),
+    "top-k looks too near": ("all", "min(within, edge)", "min(within, edge / 2)"),
+    "a mass counts twice": (
+        "temperature",
+        "whole -= precise::exp(expected - high);",
+        "",
+    ),
+    "other noise": ("min-p", "gumbel(words[2], words[3]", "gumbel(words[3], words[2]"),
+}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_error_is_caught(name, monkeypatch):
+    law, right, wrong = PLANTED[name]
+    kernel = draft._sampled
+    assert right in kernel.source
+    source = kernel.source.replace(right, wrong)
+    planted = backend.Kernel(
+        kernel.name, kernel.inputs, kernel.outputs, source, kernel.header
+    )
+    case = draft.Case(draft.LAWS[law], 16, 20, 140, 32, 8, 32)
+    draft._check(case, 256)
+    monkeypatch.setattr(draft, "_sampled", planted)
+    with pytest.raises(AssertionError, match="differs from the plain reference"):
+        draft._check(case, 256)

@@ -220,9 +220,9 @@ EVERY_FILTER = draft.LAWS["XTC, all"]
 @pytest.mark.parametrize(
     "module, name, case",
     [
-        (select_probes, "_kept", select_probes.Case(70, 5)),
-        (blocks, "_read", blocks.Case(kernels.Law(0.8), 5, 12, 33, 32, 0, 32)),
-        (draft, "_sampled", draft.Case(EVERY_FILTER, 5, 12, 33, 32, 0, 32)),
+        (select_probes, "_kept", select_probes.Case(70, 5, kept=True)),
+        (blocks, "_scored", blocks.Case(kernels.Law(0.8), 5, 12, 33, 32, 0, 32)),
+        (draft, "_sampled", draft.Case(EVERY_FILTER, 5, 40, 60, 32, 0, 32)),
     ],
     ids=["select_probes", "blocks", "draft_sampled"],
 )
@@ -255,8 +255,9 @@ def best_of_three():
 
 def test_a_kernel_that_does_not_compile_gives_way_to_plain_mlx(monkeypatch):
     """As on a device: one warning, then plain MLX, and the state for the doctor."""
+    right = draft._greedy
     broken = backend.Kernel(
-        "draft_greedy", draft._greedy.inputs, ["tokens"], "this is not Metal;"
+        right.name, right.inputs, right.outputs, "this is not Metal;"
     )
     monkeypatch.setattr(draft, "_greedy", broken)
     monkeypatch.setattr(backend, "kind", lambda: "metal")
@@ -273,7 +274,9 @@ def test_a_kernel_that_does_not_compile_gives_way_to_plain_mlx(monkeypatch):
 def test_a_kernel_that_differs_gives_way_to_plain_mlx(monkeypatch):
     right = draft._greedy
     source = right.source.replace("tokens[row] = ", "tokens[row] = 1 + ")
-    wrong = backend.Kernel(right.name, right.inputs, ["tokens"], source, right.header)
+    wrong = backend.Kernel(
+        right.name, right.inputs, right.outputs, source, right.header
+    )
     monkeypatch.setattr(draft, "_greedy", wrong)
     monkeypatch.setattr(backend, "kind", lambda: "metal")
     monkeypatch.setattr(backend, "states", {})

@@ -41,7 +41,7 @@ METAL_FUNC void find_mass(
 }
 
 // The best value of a threadgroup and its place, the lowest of equals; every thread
-// calls it and gets both.
+// calls it and gets both. Between two calls there is a barrier.
 template <int THREADS>
 METAL_FUNC void find_best(
     thread float& best, thread uint& at, threadgroup float* bests,
@@ -57,7 +57,6 @@ METAL_FUNC void find_best(
     uint place = simd_lid < THREADS / 32 ? ats[simd_lid] : ~0u;
     best = simd_max(mine);
     at = simd_min(mine == best ? place : ~0u);
-    threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 """
 
