@@ -10,7 +10,7 @@ import pytest
 from metal import emulator, reference
 
 from mlx_flashhead import kernels
-from mlx_flashhead.kernels import backend, doctor, draft_source
+from mlx_flashhead.kernels import backend, doctor, draft_functions
 
 blocks, draft = (
     importlib.import_module(f"mlx_flashhead.kernels.{name}")
@@ -70,7 +70,7 @@ def test_noise_is_mlx(size):
         numbers[i] = gumbel(key[0], key[1], i, size[0]);
     }
 """,
-        draft_source.HEADER,
+        draft_functions.HEADER,
     )
     key = mx.random.key(7)
     padded = mx.concatenate([key, mx.zeros(6, mx.uint32)])

@@ -16,7 +16,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from . import backend, draft_source, filters
+from . import backend, draft_functions, draft_source, filters
 from ._prelude import LARGE_GROUP, SMALL_GROUP
 from .blocks import reference as _summary
 from .blocks import summarize
@@ -31,7 +31,7 @@ _greedy = backend.Kernel(
     ["summary", "settings"],
     ["tokens", "logprobs"],
     draft_source.GREEDY,
-    draft_source.HEADER,
+    draft_functions.HEADER,
 )
 _sampled = backend.Kernel(
     "draft_sampled",
@@ -41,7 +41,7 @@ _sampled = backend.Kernel(
     ],
     ["tokens", "logprobs"],
     draft_source.SAMPLED,
-    draft_source.HEADER,
+    draft_functions.HEADER,
 )
 
 
@@ -57,22 +57,27 @@ def draft(logits: mx.array, draw: Draw, summary: mx.array | None = None) -> Draf
     """
     if not len(logits):
         return Draft(mx.zeros((0,), dtype=mx.uint32), mx.zeros((0,)))
-    rows, m = draw.tail.rows, draw.token_ids.shape[1]
+    rows = draw.tail.rows
     if draw.law is None or rows is not None:
         most = _most(draw)
-        names = [str(draw), *(n.lower() for n, on in _options(draw).items() if on)]
-        names += [f"m {m}", f"up to {most} threads"]
-        if draw.options["TAIL"]:
-            names.append(str(rows))
-        variant = f"{'draft_greedy' if draw.law is None else 'draft_sampled'}"
-        variant += f"({', '.join(names)})"
         check = partial(_check, Case.of(draw, rows, most == LARGE_GROUP))
-        threads = backend.largest_group(variant, most, check)
+        threads = backend.largest_group(_variant(draw, most), most, check)
         if threads and summary is None:
             summary = summarize(logits, draw)
         if threads and summary is not None:
             return _launch(logits, draw, summary, threads)
     return reference(logits, draw)
+
+
+def _variant(draw: Draw, most: int) -> str:
+    """What the code depends on."""
+    if draw.law is None:
+        return f"draft_greedy(up to {most} threads)"
+    names = [str(draw), *(n.lower() for n, on in _options(draw).items() if on)]
+    names += [f"m {draw.token_ids.shape[1]}", f"up to {most} threads"]
+    if draw.options["TAIL"]:
+        names.append(str(draw.tail.rows))
+    return f"draft_sampled({', '.join(names)})"
 
 
 def lowest(logits: mx.array, ids: mx.array) -> mx.array:

@@ -74,27 +74,36 @@ class Case(NamedTuple):
         )
 
 
+# States of a case that differ, which is all that fits beside a model.
+_STATES = 4
+
+
 def made(case: Case, B: int = 2) -> tuple[Rows, Draw, mx.array]:
-    """Rows, what is asked of them, and the logits of what is probed."""
+    """Rows, what is asked of them, and the logits of what is probed: of a few states,
+    again and again, with noise of their own."""
     keys = mx.random.split(mx.random.key(case.p), 7)
     C, m, p, D = case.C, case.m, case.p, case.D
+    n = min(B, _STATES)
+    again = mx.arange(B) % n
     like = probe_logits.Case(
-        *(case.dtype, case.bits, case.group_size, D, m, B, C, p),
+        *(case.dtype, case.bits, case.group_size, D, m, n, C, p),
         *(case.scales, case.bias),
     )
-    rows = probe_logits.inputs(like)
-    rows = rows._replace(x=(rows.x * case.spread).astype(case.dtype))
-    order = mx.argsort(mx.random.uniform(shape=(B, C), key=keys[0]), axis=-1)
+    few = probe_logits.inputs(like)
+    few = few._replace(x=(few.x * case.spread).astype(case.dtype))
+    order = mx.argsort(mx.random.uniform(shape=(n, C), key=keys[0]), axis=-1)
     probes = mx.sort(order[:, :p], axis=-1)
+    logits = probe_logits.reference(few, probes, exact=True)
     ids = mx.random.permutation(C * m, key=keys[1]).astype(mx.uint32).reshape(C, m)
+    rows = few._replace(x=few.x[again])
 
     def score(clusters: mx.array) -> mx.array:
-        logits = probe_logits.reference(rows, clusters, exact=True)
-        return logits.reshape(B, -1, m)
+        scored = probe_logits.reference(rows, clusters, exact=True)
+        return scored.reshape(*clusters.shape, m)
 
-    centroids = mx.random.normal((B, C), key=keys[2])
+    centroids = mx.random.normal((n, C), key=keys[2])
     tail = Tail(
-        centroids.astype(case.centroids or case.dtype),
+        centroids.astype(case.centroids or case.dtype)[again],
         mx.random.uniform(shape=(C,), key=keys[3]),
         mx.random.uniform(shape=(C,), key=keys[4]),
         score,
@@ -103,5 +112,5 @@ def made(case: Case, B: int = 2) -> tuple[Rows, Draw, mx.array]:
     )
     shaping = Shaping(case.rounding, 1.0, case.softcap)
     noise = None if case.law is None else mx.random.split(keys[5], B)
-    draw = Draw(probes, ids, shaping, tail, case.law, noise)
-    return rows, draw, score(probes).reshape(B, -1)
+    draw = Draw(probes[again], ids, shaping, tail, case.law, noise)
+    return rows, draw, logits[again]
