@@ -215,6 +215,9 @@ SAMPLED = """
             if (more > 1e-3f * (sum + rest)) {
                 bound = fixed_point(away > 0.0f ? away : 0.0f);
             }
+            if (more < -1e-3f * (sum + rest)) {
+                continue;  // candidates are too few: all are kept, and the tail
+            }
         }
         uint n = P;
         if (!of_blocks) {
