@@ -13,7 +13,7 @@ import click
 
 from . import backend
 
-KERNELS = ("select_probes", "probe_logits", "draft")
+KERNELS = ("select_probes", "probe_logits", "blocks", "draft")
 
 
 def report(run: bool = True) -> dict[str, Any]:
