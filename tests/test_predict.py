@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-SCRIPTS = str(Path(__file__).parents[1] / "benchmarks")
+ROOT = Path(__file__).parents[1]
+SCRIPTS = str(ROOT / "benchmarks")
 sys.path.insert(0, SCRIPTS)
 try:
     import predict
@@ -72,10 +74,14 @@ def test_chips_kept_out_do_not_change_the_fit():
     assert len(set(without.values()) | {law}) == len(without) + 1
 
 
+@pytest.fixture(scope="module")
+def laws():
+    law = published.fit(published.fitted_on(ROWS))
+    return [law, *published.leave_one_out(ROWS).values()]
+
+
 @pytest.mark.parametrize("sampler", predict.LAUNCHES)
-def test_predictions_lie_in_their_intervals(sampler):
-    laws = [published.fit(published.fitted_on(ROWS))]
-    laws += published.leave_one_out(ROWS).values()
+def test_predictions_lie_in_their_intervals(laws, sampler):
     for chip in published.BANDWIDTH:
         for name in predict.SHOWN:
             found = predict.predict(laws, published.MODELS[name], chip, sampler, 8)
@@ -93,3 +99,27 @@ def test_a_verification_shares_its_cost_among_the_tokens_that_are_kept():
     assert sure[:2] == unsure[:2]
     # Of k drafts that stand with one half each, two are kept.
     assert unsure[2] / sure[2] == pytest.approx(predict.VERIFY_EVERY / 2, rel=1e-3)
+
+
+def test_the_documents_say_what_is_predicted(laws):
+    results = (ROOT / "benchmarks/RESULTS.md").read_text()
+    readme = (ROOT / "README.md").read_text()
+    for sampler in predict.LAUNCHES:
+        for chip in published.BANDWIDTH:
+            for name in predict.SHOWN:
+                model = published.MODELS[name]
+                said = predict.predict(laws, model, chip, sampler, 8)
+                assert f" {said} |" in results, (chip, name, sampler)
+                if f"| {chip}, {sampler} |" in readme and name == "Gemma-3-270M":
+                    cells = [f"{1e6 / said.steps[0]:,.0f}"]
+                    for t, gain in zip(
+                        said.steps[1:], (said.approximate, said.exact), strict=True
+                    ):
+                        least, most = (f"{g:.1f}" for g in gain)
+                        cells.append(f"{1e6 / t:,.0f} ({least} to {most})")
+                    row = f"| {chip}, {sampler} | {' | '.join(cells)} |"
+                    assert row in readme
+    assert len(re.findall(r"^\| M\d.*, (?:greedy|top-p) \|", readme, re.M)) == 6
+    chips = {row.chip for row in ROWS}
+    assert f"has {len(ROWS)} measurements" in results and len(chips) == 8
+    assert f"{len({row.model for row in ROWS})} models" in results
