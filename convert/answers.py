@@ -6,6 +6,7 @@ They are nearer to what decoding meets than those of a text that somebody else w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import cycle
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -13,6 +14,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_flashhead.compute.device import on_gpu, side_by_side
 from mlx_flashhead.evaluation.states import finite
 from mlx_flashhead.integration.locate import watching
 
@@ -21,6 +23,8 @@ from mlx_flashhead.integration.locate import watching
 N_ANSWERS = 64
 N_GIVEN = 16
 N_TOKENS = 64
+# Answers that one core of a CPU writes.
+GROUP = 32
 
 # Stands for the user's words in a chat template.
 _MARK = "\u2603"
@@ -84,25 +88,59 @@ def states(
     Raises:
         StatesError: There are NaN or infinite states.
     """
-    keys = mx.random.split(mx.random.key(0), n_tokens)
-    cache = make_prompt_cache(model)
+    size = len(prompts) if on_gpu() else GROUP
+    parts = [prompts[i : i + size] for i in range(0, len(prompts), size)]
+    caches = [make_prompt_cache(model) for _ in parts]
     writing = np.ones(len(prompts), bool)
     kept = []
-    if prompts.shape[1] > 1:
-        # Their logits are never computed.
-        model(prompts[:, :-1], cache=cache)
-        mx.eval([c.state for c in cache])
-    last = prompts[:, -1:]
-    with watching(model, head_path) as states:
-        for key in keys:
-            if not writing.any():
-                step()
-                continue
-            logits = model(last, cache=cache)[:, -1].astype(mx.float32)
-            last = mx.random.categorical(logits, key=key)[:, None]
-            last_states = states.pop()[:, -1].astype(mx.float32)
-            mx.eval(last, last_states)
-            kept.append(finite(np.array(last_states)[writing]))
-            writing &= ~np.isin(np.array(last)[:, 0], list(stop_tokens))
+    with side_by_side(len(parts)) as streams, watching(model, head_path) as seen:
+
+        def logits(tokens: list[mx.array]) -> list[mx.array]:
+            """The next ones of each part ``[b, n]``, float32 ``[b, V]``, lazy."""
+            seen.clear()
+            found = []
+            for part, cache, stream in zip(tokens, caches, cycle(streams)):
+                with mx.stream(stream):
+                    found.append(model(part, cache=cache)[:, -1].astype(mx.float32))
+            return found
+
+        if prompts.shape[1] > 1:
+            # Their logits are never computed.
+            logits([part[:, :-1] for part in parts])
+            mx.eval([c.state for cache in caches for c in cache])
+        last = [part[:, -1:] for part in parts]
+        for chances in np.random.default_rng(0).random((n_tokens, len(prompts))):
+            if writing.any():
+                found = logits(last)
+                states = [s[:, -1].astype(mx.float32) for s in seen]
+                mx.eval(found, states)
+                kept.append(
+                    finite(np.concatenate(list(map(np.array, states))))[writing]
+                )
+                chosen = [
+                    draw(part, chances[i * size : (i + 1) * size])
+                    for i, part in enumerate(found)
+                ]
+                last = [mx.array(tokens)[:, None] for tokens in chosen]
+                writing &= ~np.isin(np.concatenate(chosen), list(stop_tokens))
             step()
     return np.concatenate(kept)
+
+
+def draw(logits: mx.array, chances: np.ndarray) -> np.ndarray:
+    """The tokens up to which probabilities sum to more than the chances, at
+    temperature 1, ids ``[B]``: draws, where these are random numbers.
+
+    Args:
+        logits: float32 ``[B, V]``, evaluated.
+        chances: From 0 to 1, ``[B]``.
+    """
+    if on_gpu():
+        p = mx.softmax(logits, axis=-1)
+        sums = mx.cumsum(p, axis=-1)
+        wanted = mx.array(chances.astype(np.float32))[:, None] * sums[:, -1:]
+        return np.array(mx.argmax(sums > wanted, axis=-1))
+    # NumPy's exponentials take a fifteenth of the time there.
+    z = np.array(logits)
+    mass = np.cumsum(np.exp(z - z.max(axis=-1, keepdims=True)), -1, dtype=np.float64)
+    return (mass > chances[:, None] * mass[:, -1:]).argmax(axis=-1)

@@ -7,20 +7,22 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_flashhead.compute.device import side_by_side
 from mlx_flashhead.compute.linalg import matmul
-from mlx_flashhead.evaluation.states import WINDOW, batch_states, hidden_states
+from mlx_flashhead.evaluation.states import finite, lazy_states, windows
 
 from . import answers
 from .progress import Progress, silent
 
 # Tokens taken from the text, evenly over its documents.
 N_TOKENS = 8192
-# Texts that the model reads side by side.
-BATCH = 4
+# Texts that the model reads at once, and at most so many times that side by side.
+BATCH, N_STREAMS = 4, 8
 # One document in this many is held out from the fit, for the report.
 HOLD_OUT = 5
 
@@ -126,15 +128,9 @@ def collect(
     """
     share = max(16, n_tokens // len(documents))
     texts = [tokenizer.encode(text)[: share + 1] for text in documents]
-    fit: list[np.ndarray] = []
-    held_out: list[np.ndarray] = []
-    with progress("Calibration: hidden states", len(documents)) as step:
-        for start in range(0, len(texts), BATCH):
-            for i, states in enumerate(
-                _batch_states(model, head_path, texts[start : start + BATCH]), start
-            ):
-                (held_out if i % HOLD_OUT == HOLD_OUT - 1 else fit).append(states)
-                step()
+    states = read(model, head_path, texts, progress)
+    held_out = states[HOLD_OUT - 1 :: HOLD_OUT]
+    fit = [s for i, s in enumerate(states) if i % HOLD_OUT != HOLD_OUT - 1]
     fitted = [d for i, d in enumerate(documents) if i % HOLD_OUT != HOLD_OUT - 1]
     prompts = answers.prompts(tokenizer, fitted) if n_answered else None
     if prompts is not None:
@@ -158,11 +154,42 @@ def _some(states: np.ndarray, n: int) -> np.ndarray:
     return states[:: -(-len(states) // n)] if len(states) else states
 
 
-def _batch_states(
-    model: nn.Module, head_path: str, texts: list[list[int]]
+def read(
+    model: nn.Module,
+    head_path: str,
+    texts: list[list[int]],
+    progress: Progress = silent,
 ) -> list[np.ndarray]:
-    """:func:`hidden_states` of each text; at once where their lengths are equal."""
-    length = len(texts[0])
-    if length > WINDOW + 1 or any(len(t) != length for t in texts):
-        return [hidden_states(model, head_path, t) for t in texts]
-    return list(batch_states(model, head_path, texts))
+    """:func:`hidden_states` of each text, windows of the same length BATCH at once."""
+    pieces = [(i, window) for i, text in enumerate(texts) for window in windows(text)]
+    by_length: dict[int, list[int]] = {}
+    for k, (_, window) in enumerate(pieces):
+        by_length.setdefault(len(window), []).append(k)
+    batches = [
+        alike[start : start + BATCH]
+        for alike in by_length.values()
+        for start in range(0, len(alike), BATCH)
+    ]
+    found: list[np.ndarray] = [np.empty(0)] * len(pieces)
+    title = "Calibration: hidden states"
+    with (
+        progress(title, len(batches)) as step,
+        side_by_side(N_STREAMS) as streams,
+    ):
+        for first in range(0, len(batches), len(streams)):
+            some = batches[first : first + len(streams)]
+            lazy = []
+            for stream, batch in zip(streams, some, strict=False):
+                with mx.stream(stream):
+                    tokens = [pieces[k][1] for k in batch]
+                    lazy.append(lazy_states(model, head_path, tokens))
+            mx.eval(lazy)
+            for batch, states in zip(some, lazy, strict=True):
+                for k, own in zip(batch, finite(np.array(states)), strict=True):
+                    found[k] = own
+                step()
+    owner = [i for i, _ in pieces]
+    return [
+        np.concatenate([s for i, s in zip(owner, found, strict=True) if i == text])
+        for text in range(len(texts))
+    ]

@@ -46,13 +46,13 @@ def chat(case):
 def drawn(monkeypatch):
     """The tokens drawn, ``[B]`` each time."""
     tokens = []
-    categorical = mx.random.categorical
+    draw = answers.draw
 
-    def note(*args, **kwargs):
-        tokens.append(categorical(*args, **kwargs))
+    def note(*args):
+        tokens.append(draw(*args))
         return tokens[-1]
 
-    monkeypatch.setattr(mx.random, "categorical", note)
+    monkeypatch.setattr(answers, "draw", note)
     return tokens
 
 
@@ -96,7 +96,7 @@ def test_states_are_those_of_the_texts_read_at_once(case, drawn, n_given):
     model, tokenizer, path = case
     prompts = answers.prompts(tokenizer, DOCUMENTS)[:, :n_given]
     found = answers.states(model, path, prompts, [], n_tokens=12)
-    texts = mx.concatenate([prompts, mx.stack(drawn, axis=1)], axis=1)
+    texts = mx.concatenate([prompts, mx.array(np.stack(drawn, axis=1))], axis=1)
     assert texts.shape == (len(DOCUMENTS), n_given + 12)
     found = found.reshape(12, len(DOCUMENTS), -1).swapaxes(0, 1)
     # What is read at once begins with the state after the second token.
@@ -118,7 +118,7 @@ def test_an_answer_ends_with_a_stop_token(case, drawn):
     model, tokenizer, path = case
     prompts = answers.prompts(tokenizer, DOCUMENTS)
     whole = answers.states(model, path, prompts, [], n_tokens=12)
-    tokens = np.stack([np.array(t) for t in drawn])  # [12, B]
+    tokens = np.stack(drawn)  # [12, B]
     stop = int(tokens[3, 2])
     stopped = answers.states(model, path, prompts, [stop], n_tokens=12)
     before = np.cumsum(tokens == stop, axis=0) - (tokens == stop)
@@ -135,6 +135,28 @@ def test_it_ends_when_all_answers_have(case, drawn):
     )
     assert len(states) == len(DOCUMENTS) and len(drawn) == 1
     assert len(steps) == answers.N_TOKENS
+
+
+def test_answers_that_are_written_side_by_side_are_the_same(case, monkeypatch):
+    model, tokenizer, path = case
+    prompts = answers.prompts(tokenizer, DOCUMENTS)
+    whole = answers.states(model, path, prompts, [], n_tokens=5)
+    monkeypatch.setattr(answers, "GROUP", 4)
+    parts = answers.states(model, path, prompts, [], n_tokens=5)
+    np.testing.assert_allclose(whole, parts, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_tokens_are_drawn_by_their_probabilities(monkeypatch, device):
+    monkeypatch.setattr(answers, "on_gpu", lambda: device == "gpu")
+    logits = np.random.default_rng(0).standard_normal((1, 37)).astype(np.float32) * 2
+    p = np.exp(logits[0].astype(np.float64))
+    p /= p.sum()
+    n = 50_000
+    chances = (np.arange(n) + 0.5) / n
+    found = answers.draw(mx.array(np.repeat(logits, n, 0)), chances)
+    shares = np.bincount(found, minlength=37) / n
+    np.testing.assert_allclose(shares, p, atol=2e-4)
 
 
 def test_states_that_are_no_numbers_are_an_error(case, monkeypatch):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
+import small_models
 from mlx_flashhead.convert import calibrate, centroids, collect, pack
 from mlx_flashhead.convert.clustering import cluster, directions
 from mlx_flashhead.convert.collect import CalibrationError, States, read_documents
@@ -18,7 +20,9 @@ from mlx_flashhead import FlashHead
 from mlx_flashhead.compute import linalg
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.evaluation.fidelity import measure, n_blocks
+from mlx_flashhead.evaluation.states import hidden_states
 from mlx_flashhead.head import ALWAYS
+from mlx_flashhead.integration.locate import find_head
 
 V, D, M = 299, 32, 8
 
@@ -341,6 +345,19 @@ def test_built_in_text_is_of_several_domains():
     text = "".join(documents)
     assert any("\u4e00" <= c <= "\u9fff" for c in text)
     assert "def " in text
+
+
+def test_texts_that_are_read_side_by_side_are_each_its_own(tmp_path):
+    small_models.write("llama", tmp_path / "source")
+    model, _ = mlx_lm.load(str(tmp_path / "source"))
+    rng = np.random.default_rng(0)
+    lengths = (40, 17, 40, 300, 40, 40, 40, 17, 600, 2)
+    texts = [rng.integers(5, 90, n).tolist() for n in lengths]
+    path = find_head(model)
+    found = collect.read(model, path, texts)
+    for text, own in zip(texts, found, strict=True):
+        assert len(own) == len(text) - 1
+        np.testing.assert_allclose(own, hidden_states(model, path, text), atol=2e-4)
 
 
 def test_text_files_are_split_at_blank_lines(tmp_path):
