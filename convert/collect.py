@@ -47,12 +47,13 @@ class States:
     held_out: np.ndarray
     n_answered: int = 0
 
-    def typical(self, n: int) -> np.ndarray:
-        """States as decoding meets them, at most n: held-out text, and as many of the
-        model's own answers."""
-        answers = self.fit[len(self.fit) - self.n_answered :]
-        share = n // 2 if len(answers) else n
-        return np.concatenate([_some(self.held_out, share), _some(answers, share)])
+    def reported(self, n: int) -> np.ndarray:
+        """Held-out states, at most n, evenly over all."""
+        return _some(self.held_out, n)
+
+    def answers(self, n: int) -> np.ndarray:
+        """States of the model's own answers, at most n, evenly over all."""
+        return _some(self.fit[len(self.fit) - self.n_answered :], n)
 
     def second_moment(self) -> np.ndarray:
         """S = E[h h^T], float32 ``[D, D]``."""

@@ -34,7 +34,16 @@ from mlx_flashhead.integration.locate import (
     head_table,
 )
 
-from . import calibrate, centroids, clustering, collect, drafting, pack, publish
+from . import (
+    calibrate,
+    centroids,
+    clustering,
+    collect,
+    drafting,
+    pack,
+    publish,
+    statistics,
+)
 from .progress import Progress, bars, silent
 from .published import pack_clusters, read_clusters
 from .recipes import (
@@ -49,10 +58,9 @@ from .staging import check_space, staged, writing
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
-# Held-out states that the report is about, at most.
-N_REPORT = 1024
-# States by which the draft of exact decoding is chosen, at most.
-N_DRAFTS = 1024
+# Held-out states that the report is about, at most; by them and by so many states of
+# the model's own answers the draft of exact decoding is chosen.
+N_REPORT, N_ANSWERS = 1024, 512
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
 
@@ -275,8 +283,14 @@ def convert(
             exact=rows,
             progress=progress,
         )
-        typical = states.typical(N_DRAFTS)
-        with progress("Choosing the draft", n_blocks(head, len(typical))) as step:
+        search = drafting.Search(head)
+        held_out, answers = states.reported(N_REPORT), states.answers(N_ANSWERS)
+        with progress("Measuring", n_blocks(head, len(held_out))) as step:
+            fidelity = measure(
+                head, weight, held_out, bias=bias, step=step, watch=search.look
+            )
+        with progress("Choosing the draft", n_blocks(head, len(answers))) as step:
+            search.read(weight, answers, bias, step)
             # Rows that are the source's own where the model's are rounded decide, or
             # the user's own choice of bits, or else the model's rows.
             chosen = head_bits is not None and head.rows.bits != table.bits
@@ -284,14 +298,11 @@ def convert(
             verifying = head.rows if stored else table
             draft = drafting.choose(
                 head,
-                drafting.search(head, weight, typical, bias, step),
+                search.found(),
                 verifying.nbytes,
                 _nbytes(model) - table.nbytes,
                 "stored" if stored else "model",
             )
-        held_out = states.held_out[:: -(-len(states.held_out) // N_REPORT)]
-        with progress("Measuring", n_blocks(head, len(held_out))) as step:
-            fidelity = measure(head, weight, held_out, bias=bias, step=step)
         del weight
         measured = Measured(
             recall=float(fidelity.recall.mean()),
@@ -417,11 +428,16 @@ def build_head(
             progress=progress,
         )
     del directions
-    if recipe.fitted_centroids:
-        rows = centroids.fitted_centroids(
-            clusters, weight, states.fit, bias=bias, progress=progress
-        )
-    else:
+    found = statistics.gather(
+        clusters,
+        weight,
+        states.fit,
+        bias=bias,
+        transform=transform,
+        progress=progress,
+    )
+    rows = found.fitted
+    if not recipe.fitted_centroids:
         rows = centroids.unit_centroids(clusters, weight)
     with progress("Packing", 1) as step:
         head = pack.pack(
@@ -443,7 +459,7 @@ def build_head(
         head,
         clusters,
         weight,
-        states.fit,
+        found,
         bias=bias,
         use_spread=recipe.spread,
         progress=progress,

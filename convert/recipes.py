@@ -9,7 +9,7 @@ import numpy as np
 
 # Of what a conversion gives: one more where the same input gives another folder, so
 # that folders of before are not taken for those of now.
-VERSION = 3
+VERSION = 4
 
 # Vocabularies up to this size get clusters of frequent tokens, probed at every step
 # and beyond the default number of probes: there a single badly placed frequent token
