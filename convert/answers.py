@@ -18,11 +18,10 @@ from mlx_flashhead.compute.device import on_gpu, side_by_side
 from mlx_flashhead.evaluation.states import finite
 from mlx_flashhead.integration.locate import watching
 
-# Answers written side by side, the tokens of a document that each is an answer to, and
-# those of an answer at most.
-N_ANSWERS = 64
+from .recipes import FULL
+
+# Tokens of a document that each is an answer to.
 N_GIVEN = 16
-N_TOKENS = 64
 # Answers that one core of a CPU writes.
 GROUP = 32
 
@@ -30,16 +29,18 @@ GROUP = 32
 _MARK = "\u2603"
 
 
-def prompts(tokenizer: TokenizerWrapper, documents: Sequence[str]) -> mx.array | None:
-    """The beginnings of documents as a user's words, ids ``[B, n]``; ``None`` if there
-    is no chat template, or no document of N_GIVEN tokens."""
+def prompts(
+    tokenizer: TokenizerWrapper, documents: Sequence[str], most: int = FULL.n_answers
+) -> mx.array | None:
+    """The beginnings of documents as a user's words, at most so many, ids ``[B, n]``;
+    ``None`` if there is no chat template, or no document of N_GIVEN tokens."""
     frame = _chat_frame(tokenizer)
     words = [tokenizer.encode(d, add_special_tokens=False) for d in documents]
     words = [ids[:N_GIVEN] for ids in words if len(ids) >= N_GIVEN]
     if frame is None or not words:
         return None
     before, after = frame
-    n = min(N_ANSWERS, len(words))
+    n = min(most, len(words))
     return mx.array([before + words[len(words) * i // n] + after for i in range(n)])
 
 
@@ -69,7 +70,7 @@ def states(
     prompts: mx.array,
     stop_tokens: Sequence[int],
     *,
-    n_tokens: int = N_TOKENS,
+    n_tokens: int = FULL.n_answered,
     step: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """Draw answers at temperature 1, and keep what the model's head is given.
@@ -114,9 +115,8 @@ def states(
                 found = logits(last)
                 states = [s[:, -1].astype(mx.float32) for s in seen]
                 mx.eval(found, states)
-                kept.append(
-                    finite(np.concatenate(list(map(np.array, states))))[writing]
-                )
+                own = np.concatenate([np.array(x) for x in states])
+                kept.append(finite(own[writing]))
                 chosen = [
                     draw(part, chances[i * size : (i + 1) * size])
                     for i, part in enumerate(found)

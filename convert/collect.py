@@ -18,9 +18,8 @@ from mlx_flashhead.evaluation.states import finite, lazy_states, windows
 
 from . import answers
 from .progress import Progress, silent
+from .recipes import FULL, Effort
 
-# Tokens taken from the text, evenly over its documents.
-N_TOKENS = 8192
 # Texts that the model reads at once, and at most so many times that side by side.
 BATCH, N_STREAMS = 4, 8
 # One document in this many is held out from the fit, for the report.
@@ -111,8 +110,7 @@ def collect(
     tokenizer: TokenizerWrapper,
     head_path: str,
     documents: list[str],
-    n_tokens: int = N_TOKENS,
-    n_answered: int = answers.N_TOKENS,
+    effort: Effort = FULL,
     progress: Progress = silent,
 ) -> States:
     """Run the model over the documents and keep what its head is given, also while a
@@ -123,26 +121,27 @@ def collect(
         tokenizer: Its tokenizer.
         head_path: Dotted path of its head.
         documents: Texts; each takes an even share of the tokens.
-        n_tokens: Tokens of the documents in all, at most.
-        n_answered: Tokens of each answer, at most; 0 for no answers.
+        effort: How many tokens, of the documents and of answers.
         progress: Shows the stages.
     """
-    share = max(16, n_tokens // len(documents))
+    share = max(16, effort.n_tokens // len(documents))
     texts = [tokenizer.encode(text)[: share + 1] for text in documents]
     states = read(model, head_path, texts, progress)
     held_out = states[HOLD_OUT - 1 :: HOLD_OUT]
     fit = [s for i, s in enumerate(states) if i % HOLD_OUT != HOLD_OUT - 1]
     fitted = [d for i, d in enumerate(documents) if i % HOLD_OUT != HOLD_OUT - 1]
-    prompts = answers.prompts(tokenizer, fitted) if n_answered else None
+    prompts = None
+    if effort.n_answers:
+        prompts = answers.prompts(tokenizer, fitted, effort.n_answers)
     if prompts is not None:
-        with progress("Calibration: answers", n_answered) as step:
+        with progress("Calibration: answers", effort.n_answered) as step:
             fit.append(
                 answers.states(
                     model,
                     head_path,
                     prompts,
                     list(tokenizer.eos_token_ids),
-                    n_tokens=n_answered,
+                    n_tokens=effort.n_answered,
                     step=step,
                 )
             )

@@ -47,8 +47,11 @@ from . import (
 from .progress import Progress, bars, silent
 from .published import pack_clusters, read_clusters
 from .recipes import (
+    FULL,
+    QUICK,
     RECIPES,
     SMALL_VOCABULARY,
+    Effort,
     Recipe,
     always_tokens,
     default_group_size,
@@ -58,9 +61,6 @@ from .staging import check_space, staged, writing
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
-# Held-out states that the report is about, at most; by them and by so many states of
-# the model's own answers the draft of exact decoding is chosen.
-N_REPORT, N_ANSWERS = 1024, 512
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
 
@@ -162,6 +162,7 @@ def convert(
     calibration_data: str | Path | None = None,
     seed: int = 0,
     recipe: str = "default",
+    quick: bool = False,
     clusters: str | Path | None = None,
     overwrite: bool = False,
     upload_repo: str | None = None,
@@ -189,6 +190,8 @@ def convert(
         seed: Seed of the clustering. The same seed gives the same result.
         recipe: ``"default"``, or ``"paper"``: spherical k-means, unit centroids and no
             spread term, as in arXiv 2603.14591.
+        quick: Look at a quarter of the calibration text and answers, and cluster in
+            one round: see docs/commands.md for what that costs.
         clusters: Folder or Hugging Face id of published clusters of this model, in the
             layout of :mod:`mlx_flashhead.convert.clusters`, instead of clustering here.
         overwrite: Replace a model's folder at ``mlx_path``, once the new one is whole.
@@ -226,6 +229,7 @@ def convert(
     if upload_repo is not None:
         publish.check_upload(upload_repo)
     documents = collect.read_documents(calibration_data)
+    effort = QUICK if quick else FULL
     progress = bars if verbose else silent
     with staged(target, overwrite) as (result, workspace):
         with progress("Opening the model", 1) as step:
@@ -255,7 +259,7 @@ def convert(
             )
 
         _check_finite(table, path)
-        states = _states(source, tokenizer, path, documents, progress)
+        states = _states(source, tokenizer, path, documents, effort, progress)
         weight = np.array(weight_of.dequantize(mx.float32))
         del weight_of
         bias = _bias(module)
@@ -281,10 +285,12 @@ def convert(
             transform=transform,
             owner=owner,
             exact=rows,
+            effort=effort,
             progress=progress,
         )
         search = drafting.Search(head)
-        held_out, answers = states.reported(N_REPORT), states.answers(N_ANSWERS)
+        held_out = states.reported(effort.n_reported)
+        answers = states.answers(effort.n_drafted)
         with progress("Measuring", n_blocks(head, len(held_out))) as step:
             fidelity = measure(
                 head, weight, held_out, bias=bias, step=step, watch=search.look
@@ -319,7 +325,8 @@ def convert(
                 layout.table_sha256(table),
                 recipe=recipe,
                 seed=seed,
-                calibration=Path(calibration_data or "built-in").name,
+                calibration=Path(calibration_data or "built-in").name
+                + (", quick" if quick else ""),
                 measured=measured,
                 clusters=None if clusters is None else _named(clusters),
                 draft=draft,
@@ -376,6 +383,7 @@ def build_head(
     transform: Transform | None = Transform(),
     owner: np.ndarray | None = None,
     exact: Table | None = None,
+    effort: Effort = FULL,
     progress: Progress = silent,
 ) -> FlashHead:
     """Cluster, pack and calibrate a head.
@@ -392,6 +400,7 @@ def build_head(
         transform: What the model does to its logits; ``None`` if that is not known.
         owner: Cluster of each token, int64 ``[V]``, where that is given.
         exact: The rows as they are to be stored, ``[V, D]``, whatever ``table`` is.
+        effort: How much is looked at.
         progress: Shows the stages.
 
     Raises:
@@ -416,7 +425,12 @@ def build_head(
             n_probes += -(-len(always) // cluster_size)
     if owner is None:
         clusters = clustering.cluster(
-            directions, cluster_size, always=always, seed=seed, progress=progress
+            directions,
+            cluster_size,
+            always=always,
+            seed=seed,
+            n_rounds=effort.n_rounds,
+            progress=progress,
         )
     else:
         clusters = pack_clusters(
@@ -434,6 +448,7 @@ def build_head(
         states.fit,
         bias=bias,
         transform=transform,
+        n_mass=effort.n_mass,
         progress=progress,
     )
     rows = found.fitted
@@ -497,6 +512,7 @@ def _states(
     tokenizer: TokenizerWrapper,
     path: str,
     documents: list[str],
+    effort: Effort,
     progress: Progress,
 ) -> collect.States:
     """Calibration states; the model that makes them is in memory only here.
@@ -506,7 +522,7 @@ def _states(
     """
     model = source.load_for_calibration()
     try:
-        return collect.collect(model, tokenizer, path, documents, progress=progress)
+        return collect.collect(model, tokenizer, path, documents, effort, progress)
     except (ValueError, MemoryError):
         raise
     # Whatever the code of a model raises.

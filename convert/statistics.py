@@ -13,12 +13,10 @@ from . import masses
 from .centroids import mean_centroids
 from .clustering import Clustering
 from .progress import Progress, silent
+from .recipes import FULL
 
 # Temperatures at which the mass of a cluster is fitted, falling.
 TEMPERATURES = (2.0, 1.4, 1.0, 0.75, 0.55, 0.4, 0.3)
-# States, at most, over which a cluster's mean mass is taken: it settles sooner than the
-# rest, and costs an exponential per logit and temperature.
-N_MASS = 1024
 
 
 @dataclass(frozen=True)
@@ -54,6 +52,7 @@ def gather(
     *,
     bias: np.ndarray | None = None,
     transform: Transform | None = None,
+    n_mass: int = FULL.n_mass,
     progress: Progress = silent,
 ) -> Statistics:
     """Look at the logits of all rows.
@@ -71,12 +70,14 @@ def gather(
         states: Calibration states, float32 ``[n, D]``.
         bias: The head's bias, ``[V]``.
         transform: What the model does to its logits.
+        n_mass: States, at most, of the mean mass: it settles sooner than the rest, and
+            costs an exponential per logit and temperature.
         progress: Shows the stage.
     """
     n, (c, d) = len(states), (len(clustering.token_ids), weight.shape[1])
     # Those of the mean mass come first.
     chosen = np.zeros(n, bool)
-    chosen[:: -(-n // N_MASS)] = True
+    chosen[:: -(-n // n_mass)] = True
     states = states[np.argsort(~chosen, kind="stable")]
     n_some = int(chosen.sum())
     mean = states.mean(0, dtype=np.float64)

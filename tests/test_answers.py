@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import small_models
 from mlx_flashhead.convert import answers, collect
+from mlx_flashhead.convert.recipes import FULL
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_flashhead.evaluation.states import StatesError, batch_states
@@ -84,7 +86,7 @@ def test_many_documents_are_answered_in_all_their_parts(chat):
     tokenizer = chat(TEMPLATE)
     documents = [f"{i:03d} " + DOCUMENTS[0] for i in range(1000)]
     prompts = answers.prompts(tokenizer, documents)
-    assert len(prompts) == answers.N_ANSWERS
+    assert len(prompts) == FULL.n_answers
     shown = [tokenizer.decode(ids) for ids in prompts.tolist()]
     numbers = [int(text.split("[user]")[1][:3]) for text in shown]
     assert numbers == sorted(set(numbers))
@@ -134,7 +136,7 @@ def test_it_ends_when_all_answers_have(case, drawn):
         model, path, prompts, range(small_models.VOCAB), step=lambda: steps.append(1)
     )
     assert len(states) == len(DOCUMENTS) and len(drawn) == 1
-    assert len(steps) == answers.N_TOKENS
+    assert len(steps) == FULL.n_answered
 
 
 def test_answers_that_are_written_side_by_side_are_the_same(case, monkeypatch):
@@ -168,10 +170,12 @@ def test_states_that_are_no_numbers_are_an_error(case, monkeypatch):
         answers.states(model, path, prompts, [], n_tokens=2)
 
 
-def test_they_are_added_to_what_is_fitted(case):
+def test_they_are_added_to_what_is_fitted(case, chat):
     model, tokenizer, path = case
-    text = collect.collect(model, tokenizer, path, DOCUMENTS, n_answered=0)
-    both = collect.collect(model, tokenizer, path, DOCUMENTS, n_answered=6)
+    text, both = (
+        collect.collect(model, tokens, path, DOCUMENTS, replace(FULL, n_answered=6))
+        for tokens in (chat(None), tokenizer)
+    )
     assert np.array_equal(both.held_out, text.held_out)
     assert np.array_equal(both.fit[: len(text.fit)], text.fit)
     # One document of nine is held out, and not answered either.
