@@ -113,9 +113,9 @@ def states(
         for chances in np.random.default_rng(0).random((n_tokens, len(prompts))):
             if writing.any():
                 found = logits(last)
-                states = [s[:, -1].astype(mx.float32) for s in seen]
-                mx.eval(found, states)
-                own = np.concatenate([np.array(x) for x in states])
+                inputs = [x[:, -1].astype(mx.float32) for x in seen]
+                mx.eval(found, inputs)
+                own = np.concatenate([np.array(x) for x in inputs])
                 kept.append(finite(own[writing]))
                 chosen = [
                     draw(part, chances[i * size : (i + 1) * size])
