@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import small_models
 from mlx.utils import tree_flatten
-from mlx_flashhead.convert import collect, convert, pipeline
+from mlx_flashhead.convert import collect, convert, pipeline, statistics
+from mlx_flashhead.convert.recipes import FULL, QUICK
 from mlx_lm.utils import load_model
 from small_heads import unpack
 from test_gguf import gguf_tensors, reference_model, write_gguf
@@ -375,9 +376,28 @@ def test_calibration_data(untied_source, tmp_path, suffix):
     report, _ = make(untied_source, tmp_path / "made", calibration_data=file)
     assert read_section(tmp_path / "made").calibration == file.name
     # Of twelve texts the fifth and the tenth are held out.
-    share = collect.N_TOKENS // 12
+    share = FULL.n_tokens // 12
     held_out = [min(len(texts[i]), share + 1) - 1 for i in (4, 9)]
     assert report.held_out_tokens == sum(held_out[:1]) == 682  # every second
+
+
+def test_a_quick_conversion_looks_at_less(untied_source, tmp_path, monkeypatch):
+    seen = []
+    gather = statistics.gather
+
+    def note(clusters, weight, states, **options):
+        seen.append((len(states), options["n_mass"]))
+        return gather(clusters, weight, states, **options)
+
+    monkeypatch.setattr(statistics, "gather", note)
+    full, _ = make(untied_source, tmp_path / "full")
+    quick, head = make(untied_source, tmp_path / "quick", quick=True)
+    (n_full, mass), (n_quick, quick_mass) = seen
+    assert n_quick < n_full / 3 and quick_mass < mass / 3
+    assert quick.held_out_tokens <= QUICK.n_reported < full.held_out_tokens
+    assert read_section(tmp_path / "quick").calibration == "built-in, quick"
+    assert read_section(tmp_path / "full").calibration == "built-in"
+    assert np.isfinite(np.array(head.spread)).all()
 
 
 def test_the_same_seed_gives_the_same_files(untied_source, untied_folder, tmp_path):
@@ -431,7 +451,7 @@ def test_the_report_is_true(tmp_path, monkeypatch, name, on_gpu):
     path = find_head(model)
     documents = collect.read_documents(None)
     states = collect.collect(model, tokenizer, path, documents).held_out
-    states = states[:: -(-len(states) // pipeline.N_REPORT)]
+    states = states[:: -(-len(states) // FULL.n_reported)]
     assert report.held_out_tokens == len(states)
     weight = np.array(table.weight).astype(np.float64)
     module = get_module(model, path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import gguf
 import mlx.core as mx
@@ -20,7 +21,7 @@ from mlx.utils import tree_map
 from mlx_flashhead.convert import collect
 from mlx_flashhead.convert.gguf import read_gguf
 from mlx_flashhead.convert.pipeline import build_head
-from mlx_flashhead.convert.recipes import RECIPES
+from mlx_flashhead.convert.recipes import FULL, RECIPES
 from mlx_lm.utils import load_model
 from real_models import Converted, gemma_gguf, smollm_gguf
 from test_gguf import REFERENCE, gguf_name
@@ -107,8 +108,7 @@ def test_smollm_beats_the_paper_on_the_same_states(smollm):
         tokenizer,
         "model.embed_tokens",
         documents,
-        n_tokens=1024,
-        n_answered=0,
+        replace(FULL, n_tokens=1024, n_answers=0),
     )
     module = get_module(model, "model.embed_tokens")
     paper = build_head(
