@@ -24,16 +24,18 @@ from ..sampling import (
     Drawn,
     Processor,
     Settings,
-    draw,
     fits,
     full_logits,
-    logprobs,
+    masked,
 )
+from ..sampling.masks import TokenMask
 from .exact import ExactDecoder, Verified
 from .exact_batch import exact_step, leave, options_of
+from .grammar import Processors
 from .keys import Keys
 from .locate import flash_slots
-from .samplers import read_processors, read_sampler
+from .masking import draw_allowed, log_probabilities
+from .samplers import read_sampler
 from .slots import FlashLinear, hidden_state, intercepted
 
 # A function of mlx-lm's.
@@ -91,16 +93,19 @@ def head_of(model: Any) -> FlashHead | None:
 
 def read_request(
     model: Any, sampler: Any, processors: Sequence[Any] | None
-) -> tuple[FlashHead, Settings, list[Processor]] | None:
+) -> tuple[FlashLinear, Settings, Processors] | None:
     """What a model's tokens are drawn with, if they can be drawn among candidates."""
     slot = slot_of(model)
     if slot is None or slot.decoding == "dense":
         return None
     head, settings = slot.head, read_sampler(sampler)
-    readable = read_processors(processors, head.vocab_size)
-    if settings is None or readable is None:
+    read = Processors(processors, head.vocab_size)
+    if settings is None or read.readable is None:
         return None
-    return (head, settings, readable) if fits(head, settings) else None
+    return (slot, settings, read) if fits(head, settings) else None
+
+
+_Drawn = masked.Choice | Drawn
 
 
 class _Turn:
@@ -109,8 +114,8 @@ class _Turn:
     def __init__(self, sampler: Callable[[mx.array], mx.array] | None):
         self._own = sampler or (lambda x: mx.argmax(x, axis=-1))
         self.model: _StandIn | None = None  # that was called last
-        self.drawn: Drawn | None = None  # for its logits
-        self.on_sample: Callable[[Drawn | None], None] = lambda drawn: None
+        self.drawn: _Drawn | None = None  # for its logits
+        self.on_sample: Callable[[_Drawn | None], None] = lambda drawn: None
 
     def sampler(self, logits: mx.array) -> mx.array:
         self.on_sample(self.drawn)
@@ -124,27 +129,32 @@ class _StandIn:
 
     Args:
         model: The model.
-        head: Its FlashHead; ``None`` leaves all to the model.
+        slot: Where its head stood; ``None`` leaves all to the model.
         longest: Positions at once that are drawn; more are a prompt.
+        before: Tokens of the prompt for which nothing is drawn.
     """
 
     def __init__(
         self,
         turn: _Turn,
         model: nn.Module,
-        head: FlashHead | None,
+        slot: FlashLinear | None,
         settings: Settings,
         keys: Keys,
         processors: Sequence[Processor] = (),
         longest: int = 1,
+        masks: Sequence[TokenMask] = (),
+        before: int = 0,
     ):
         self._turn = turn
         self._model = model
-        self._head = head
+        self._slot = slot
         self._settings = settings
         self._keys = keys
         self._processors = processors
         self._longest = longest
+        self._masks = masks
+        self._before = before
         self._tokens: list[mx.array] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -152,21 +162,23 @@ class _StandIn:
 
     def __call__(self, inputs: mx.array, **kwargs: Any) -> mx.array:
         self._turn.model, self._turn.drawn = self, None
-        if self._processors and inputs.size:
+        if (self._processors or self._masks) and inputs.size:
             self._tokens = [mx.concatenate([*self._tokens, inputs[0]])]
         n = inputs.shape[1]
-        if self._head is None or n > self._longest:
+        self._before -= n
+        if self._slot is None or n > self._longest or self._before >= 0:
             return self._model(inputs, **kwargs)
-        if n > 1 and prefers_dense(self._head, n, self._settings.sorts):
+        head = self._slot.head
+        if n > 1 and prefers_dense(head, n, self._settings.sorts):
             return self._model(inputs, **kwargs)
-        h = hidden_state(self._head, self._model, inputs, **kwargs)
-        self._turn.drawn = draw(
-            self._head,
-            self._settings,
-            h.reshape(-1, h.shape[-1]),
-            self._keys.next(self._settings),
-            self._processors if self._tokens else (),
-            *self._tokens,
+        h = hidden_state(head, self._model, inputs, **kwargs)
+        key = self._keys.next(self._settings)
+        states = h.reshape(-1, h.shape[-1])
+        context = self._tokens[0] if self._tokens else None
+        processors = () if context is None else self._processors
+        self._turn.drawn = draw_allowed(
+            *(self._slot, self._settings, states, key),
+            *(self._masks, processors, context),
         )
         return mx.zeros((*h.shape[:-1], 1))
 
@@ -186,21 +198,30 @@ def generate_step(stock: Step) -> Step:
         request = read_request(model, *options)
         if kwargs.get("input_embeddings") is not None:
             request = None  # mlx-lm looks at the model's signature
-        if request is None or prefers_dense(request[0], 1, request[1].sorts):
+        if request is None or prefers_dense(request[0].head, 1, request[1].sorts):
             yield from stock(prompt, model, *args, **kwargs)
             return
-        head, settings, processors = request
+        slot, settings, read = request
         turn = _Turn(None)
-        drawn: deque[Drawn | None] = deque()
+        drawn: deque[_Drawn | None] = deque()
         turn.on_sample = drawn.append
-        stand_in = _StandIn(turn, model, head, settings, Keys(), processors)
+        stand_in = _StandIn(
+            turn,
+            model,
+            slot,
+            settings,
+            Keys(),
+            read.readable or (),
+            masks=read.masks,
+            before=len(prompt) - 1,
+        )
         kwargs.update(sampler=turn.sampler, logits_processors=None)
         steps = stock(prompt, stand_in, *args, **kwargs)
         with closing(steps):
             for token, _ in steps:
                 latest = drawn.popleft()
                 assert latest is not None  # one position is no prompt
-                yield token, logprobs(head, latest)[0]
+                yield token, log_probabilities(slot.head, latest)[0]
 
     return generate_step
 
@@ -316,15 +337,15 @@ def speculative_generate_step(stock: Step) -> Step:
             own = slot is not None and slot.decoding != "approximate" and longest > 2
             leave = processors or own
             request = None if leave else read_request(model, sampler, None)
-            head, settings, _ = request or (None, Settings(), [])
-            return _StandIn(turn, model, head, settings, keys, (), longest)
+            drawn_at, settings, _ = request or (None, Settings(), None)
+            return _StandIn(turn, model, drawn_at, settings, keys, (), longest)
 
         target = stand_in(model, _LONGEST_DRAFT)
         draft = stand_in(draft_model, 2)
-        verified: Drawn | None = None
+        verified: _Drawn | None = None
         n_yielded = 0  # of the tokens that were verified at once
 
-        def on_sample(drawn: Drawn | None) -> None:
+        def on_sample(drawn: _Drawn | None) -> None:
             nonlocal verified, n_yielded
             if turn.model is draft:
                 count.proposed += 1
@@ -339,8 +360,8 @@ def speculative_generate_step(stock: Step) -> Step:
                 drawn, n = verified, n_yielded
                 n_yielded += 1
                 count.accepted += from_draft
-                if drawn is not None and target._head is not None:
-                    plain = logprobs(target._head, drawn)[n]
+                if drawn is not None and target._slot is not None:
+                    plain = log_probabilities(target._slot.head, drawn)[n]
                 yield token, plain, from_draft
 
     return speculative_generate_step
@@ -376,7 +397,7 @@ def batch_step(stock: Step) -> Step:
             if request.processors:
                 context = self._token_context[e]
                 contexts[e] = context.update_and_fetch(inputs[e : e + 1])
-        tokens, lazy = _draw_batch(head, requests, h, keys, contexts)
+        tokens, lazy = _draw_batch(slot, requests, h, keys, contexts)
         self._next_tokens, self._next_logprobs = tokens, lazy
         mx.async_eval(tokens, list(contexts.values()))
         mx.eval(inputs)
@@ -397,12 +418,14 @@ class _Request:
     processors: Sequence[Callable[[mx.array, mx.array], mx.array]]
     settings: Settings | None
     readable: list[Processor] | None
+    masks: list[TokenMask]
 
     @classmethod
     def read(cls, batch: Any, e: int, vocab_size: int) -> _Request:
         sampler, processors = options_of(batch, e)
-        readable = read_processors(processors, vocab_size)
-        return cls(sampler, processors, read_sampler(sampler), readable)
+        read = Processors(processors, vocab_size)
+        settings = read_sampler(sampler)
+        return cls(sampler, read.all, settings, read.readable, read.masks)
 
 
 def _worthwhile(head: FlashHead, requests: list[_Request]) -> bool:
@@ -411,7 +434,7 @@ def _worthwhile(head: FlashHead, requests: list[_Request]) -> bool:
 
 
 def _draw_batch(
-    head: FlashHead,
+    slot: FlashLinear,
     requests: list[_Request],
     h: mx.array,
     keys: Keys,
@@ -419,6 +442,7 @@ def _draw_batch(
 ) -> tuple[mx.array, list[mx.array]]:
     """Tokens ``[B]`` and lazy log-probabilities, a list of ``[V]``, for ``h [B, D]``:
     at once for the sequences that agree in their settings and have no processors."""
+    head = slot.head
     groups: dict[Any, list[int]] = {}
     for e, request in enumerate(requests):
         simple = request.settings is not None and fits(head, request.settings)
@@ -435,9 +459,11 @@ def _draw_batch(
         if settings is not None and processors is not None and fits(head, settings):
             context = contexts.get(rows[0])
             key = keys.next(settings)
-            drawn = draw(head, settings, states, key, processors, context)
+            drawn = draw_allowed(
+                *(slot, settings, states, key, request.masks, processors, context)
+            )
             tokens.append(drawn.tokens)
-            lazy += list(logprobs(head, drawn))
+            lazy += list(log_probabilities(head, drawn))
         else:
             logits = full_logits(head, states)
             for processor in request.processors:

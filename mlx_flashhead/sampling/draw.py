@@ -187,11 +187,7 @@ def logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
     whoever does not look at them pays nothing."""
     logits = run(head, _logits, (), drawn.states, drawn.tokens, *drawn.retrieved)
     if drawn.edits is not None:
-        ids, edited = drawn.edits
-        again = processing.repeated(ids)  # the first of them counts
-        edited = mx.where(again, edited[:, :1], edited)
-        ids = mx.where(again, ids[0], ids)
-        logits = mx.put_along_axis(logits, ids[None], edited, axis=1)
+        logits = processing.put(logits, *drawn.edits)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
