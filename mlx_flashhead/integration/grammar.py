@@ -41,25 +41,26 @@ class Matcher(Protocol):
 
 
 class _Text:
-    """A prompt, and what of the answer to it a matcher was given."""
+    """A prompt, the answer to it that was asked about last, and what of it the matcher
+    was given."""
 
     def __init__(self, prompt: list[int], matcher: Matcher):
         self.prompt, self.matcher = prompt, matcher
         self.answer: list[int] = []
+        self.given: list[int] = []
 
-    def shared(self, answer: Sequence[int]) -> int:
-        """How many tokens of another answer are the same as of this, from the first."""
-        n = min(len(self.answer), len(answer))
-        if self.answer[:n] == answer[:n]:
-            return n
-        return next(i for i in range(n) if self.answer[i] != answer[i])
-
-    def continues(self, tokens: Sequence[int]) -> bool:
+    def continues(self, tokens: list[int]) -> bool:
         """Whether tokens may be what follows the prompt: at most one is new."""
         n = len(self.prompt)
         if tokens[:n] != self.prompt:
             return False
-        return len(tokens) - n <= self.shared(tokens[n:]) + 1
+        return len(tokens) - n <= _shared(self.answer, tokens[n:]) + 1
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """How many tokens two texts share, from the first."""
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else next(i for i in range(n) if a[i] != b[i])
 
 
 class GrammarMask(TokenMask):
@@ -84,28 +85,28 @@ class GrammarMask(TokenMask):
             text = _Text(tokens, self._new())
         else:
             self._texts.remove(text)
-        answer = tokens[len(text.prompt) :]
+        text.answer = tokens[len(text.prompt) :]
         stops = text.matcher.stop_tokens
-        end = next((i for i, t in enumerate(answer) if t in stops), len(answer))
-        self._go(text, answer[:end])
+        ends = [i for i, token in enumerate(text.answer) if token in stops]
+        self._give(text, text.answer[: ends[0]] if ends else text.answer)
         self._texts = [*self._texts[1 - _REMEMBERED :], text]
-        return _only(stops) if end < len(answer) else text.matcher.words()
+        return _only(stops) if ends else text.matcher.words()
 
-    def _go(self, text: _Text, answer: list[int]) -> None:
+    def _give(self, text: _Text, answer: list[int]) -> None:
         """Bring a text's matcher to where an answer ends. If that fails, the text is
         forgotten."""
-        n = text.shared(answer)
-        if n < len(text.answer) and not text.matcher.undo(len(text.answer) - n):
+        n = _shared(text.given, answer)
+        if n < len(text.given) and not text.matcher.undo(len(text.given) - n):
             text.matcher, n = self._new(), 0
-        del text.answer[n:]
+        del text.given[n:]
         for token in answer[n:]:
             if not text.matcher.accept(token):
                 raise ValueError(
                     f"{type(self).__name__}: the grammar has no token {token} after "
-                    f"{len(text.answer)} tokens of the answer: make it with the "
+                    f"{len(text.given)} tokens of the answer: make it with the "
                     "model's own tokenizer, and let nothing else choose tokens"
                 )
-            text.answer.append(token)
+            text.given.append(token)
 
     def _sized(self, words: np.ndarray, vocab_size: int) -> np.ndarray:
         """Models have more logits than their tokenizers have tokens, and what a
