@@ -2,11 +2,11 @@
 
     python benchmarks/grammar.py FOLDER [--schema FILE] [--samplers greedy,top-p]
 
-Objects of the schema are decoded by mlx-lm's ``stream_generate``, one after another with
-each head, in turn. ``stock`` is mlx-lm itself, unpatched, with the dense head and the
-same processor, as it runs a grammar today; ``no grammar`` is exact decoding of the same
-prompts and about as many tokens. The grammar is llguidance's. The time of the prompt
-does not count.
+Objects of the schema are decoded by mlx-lm's ``stream_generate``, one after another
+with each head, in turn. ``stock`` is mlx-lm itself, unpatched, with the dense head and
+the same processor, as it runs a grammar today; ``no grammar`` is exact decoding of the
+same prompts without one. The grammar is llguidance's. The time of the prompt does not
+count.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ def main(folder, schema, max_tokens, samplers, repeats):
             texts = {}
             for way, (model, _) in ways.items():
                 unpatch() if way == "stock" else patch_decoding()
-                mask = None if way == "no grammar" else LLGuidanceMask(tokenizer, wanted)
+                mask = (
+                    None if way == "no grammar" else LLGuidanceMask(tokenizer, wanted)
+                )
                 mx.random.seed(seed)
                 with verification() as count:
                     texts[way], took = decode(

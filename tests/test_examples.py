@@ -3,6 +3,7 @@ write."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -61,6 +62,15 @@ def test_sampling(untied_folder):
         dish = written(untied_folder, "My favourite dish is", sampler)
         assert f"{name}: {' '.join(dish.splitlines())}\n\n" in text
     assert "top-k 20, repetition penalty 1.3: My favourite dish is" in text
+
+
+def test_json_schema(untied_folder):
+    text = run("json_schema.py", untied_folder, "--max-tokens", 120)
+    first, second = (json.loads(line) for line in text.splitlines()[:2])
+    for made in (first, second):
+        assert set(made) == {"dish", "minutes", "vegetarian"}
+        assert 5 <= made["minutes"] <= 180
+    assert re.fullmatch(r"[\d.]+ % of the drafts stood", text.splitlines()[2])
 
 
 def test_server_openai(untied_folder):
