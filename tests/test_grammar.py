@@ -313,3 +313,12 @@ def test_without_llguidance(untied_folder, monkeypatch):
     with pytest.raises(ImportError) as e:
         LLGuidanceMask(tokenizer, SCHEMA)
     one_line(e, "install mlx-flashhead[grammar]")
+
+
+def test_speculative_decoding(untied_folder):
+    """mlx-lm's own, with the mask for draft and target: the text is the same."""
+    model, tokenizer = load(untied_folder)
+    draft, _ = load(untied_folder, exact=False)
+    options = {"logits_processors": [LLGuidanceMask(tokenizer, SCHEMA)]}
+    wanted = decoded(model, tokenizer, **options)
+    assert decoded(model, tokenizer, draft_model=draft, **options) == wanted
