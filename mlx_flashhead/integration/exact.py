@@ -236,7 +236,7 @@ class ExactDecoder:
                 break
             tokens.append(self._draft(states[-1], context, tokens, masks))
             mx.async_eval(tokens[-1])
-        if masks is not None and len(tokens) == len(states) and masks.decided:
+        if masks is not None and self.known and masks.undecided:
             self._draft(states[-1], context, tokens, masks)
         self._verify(states, tokens, context, masks)
 

@@ -87,14 +87,16 @@ class MaskedChunk:
         except ValueError:
             if not self.allowed:
                 raise
+            self._tokens.pop()
             return False
         self.allowed.append(found)
         return True
 
     @property
-    def decided(self) -> bool:
-        """Whether what is allowed at the last position needs no verification."""
-        return masked.sure(self._head, self.allowed[-1])
+    def undecided(self) -> bool:
+        """Whether the last position could be made sure, and is not yet."""
+        last = len(self.allowed) - 1
+        return last not in self.sure and masked.sure(self._head, self.allowed[last])
 
     def draft(
         self,
@@ -108,6 +110,6 @@ class MaskedChunk:
         choice = masked.choose(
             self._head, settings, h, key, self.allowed[-1], processors, self._tokens
         )
-        if self.decided:
+        if masked.sure(self._head, self.allowed[-1]):
             self.sure[len(self.allowed) - 1] = choice
         return choice.tokens
