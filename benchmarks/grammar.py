@@ -61,8 +61,9 @@ PROMPT = "Describe {} as a JSON object with name, summary, category, year, keywo
 @click.option("--schema", help="A file with another JSON schema.")
 @click.option("--max-tokens", default=160)
 @click.option("--samplers", default="greedy,top-p", help=f"Of {', '.join(SAMPLERS)}.")
+@click.option("--subjects", default=len(SUBJECTS), help="How many are described.")
 @click.option("--repeats", default=1, help="Times that each object is decoded.")
-def main(folder, schema, max_tokens, samplers, repeats):
+def main(folder, schema, max_tokens, samplers, subjects, repeats):
     """Decode objects of a JSON schema with each head."""
     wanted = json.loads(Path(schema).read_text()) if schema else SCHEMA
     ways = {
@@ -75,7 +76,7 @@ def main(folder, schema, max_tokens, samplers, repeats):
     start = time.perf_counter()
     LLGuidanceMask(tokenizer, wanted)
     print(f"The first grammar of a tokenizer: {time.perf_counter() - start:.1f} s\n")
-    prompts = [PROMPT.format(subject) for subject in SUBJECTS]
+    prompts = [PROMPT.format(subject) for subject in SUBJECTS[:subjects]]
     rows = []
     for name in samplers.split(","):
         sampler = make_sampler(**SAMPLERS[name])
