@@ -14,7 +14,7 @@ from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,12 +22,13 @@ import mlx.nn as nn
 from ..head import FlashHead, prefers_dense
 from ..sampling import (
     Drawn,
+    LogProbs,
     Processor,
     Settings,
     draw,
     fits,
     full_logits,
-    logprobs,
+    of_drawn,
 )
 from .exact import ExactDecoder, Verified
 from .exact_batch import exact_step, leave, options_of
@@ -119,8 +120,25 @@ class _Turn:
         return self.drawn.tokens[-logits.shape[0] :]
 
 
+class _Unread(mx.array):
+    """Logits of one position that nobody reads, evaluated: what mlx-lm makes of them
+    before and after sampling are they themselves, so that it computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__([[[0.0]]])
+
+    def __getitem__(self, index: Any) -> _Unread:
+        return self
+
+    def __sub__(self, other: Any) -> _Unread:
+        return self
+
+    def squeeze(self, *args: Any, **kwargs: Any) -> _Unread:
+        return self
+
+
 class _StandIn:
-    """Stands in for a model: it draws the tokens, and its logits are zeros.
+    """Stands in for a model: it draws the tokens, and its logits are none.
 
     Args:
         model: The model.
@@ -146,6 +164,7 @@ class _StandIn:
         self._processors = processors
         self._longest = longest
         self._tokens: list[mx.array] = []
+        self._logits = _Unread()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -168,7 +187,7 @@ class _StandIn:
             self._processors if self._tokens else (),
             *self._tokens,
         )
-        return mx.zeros((*h.shape[:-1], 1))
+        return self._logits if n == 1 else mx.zeros((*h.shape[:-1], 1))
 
 
 def generate_step(stock: Step) -> Step:
@@ -200,7 +219,7 @@ def generate_step(stock: Step) -> Step:
             for token, _ in steps:
                 latest = drawn.popleft()
                 assert latest is not None  # one position is no prompt
-                yield token, logprobs(head, latest)[0]
+                yield token, of_drawn(head, latest)[0]
 
     return generate_step
 
@@ -234,7 +253,7 @@ def exact_generate_step(
 
 class _ExactStandIn:
     """Stands in for a model whose tokens an :class:`ExactDecoder` finds: its logits are
-    zeros.
+    none.
 
     Args:
         decoder: Finds them.
@@ -263,6 +282,7 @@ class _ExactStandIn:
         if options.get("kv_bits") is not None:
             self._quantized_from = options.get("quantized_kv_start", 5000)
         self._context: list[mx.array] = []
+        self._logits = _Unread()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -279,7 +299,7 @@ class _ExactStandIn:
         at_most = min(self._left, self._until_quantized(cache))
         self._left -= 1
         self.verified.append(decoder.next(inputs[0], cache, context, at_most))
-        return mx.zeros((1, 1, 1))
+        return self._logits
 
     def _until_quantized(self, cache: Any) -> int:
         """Steps that can be taken at once: mlx-lm quantizes the caches between steps,
@@ -321,27 +341,25 @@ def speculative_generate_step(stock: Step) -> Step:
 
         target = stand_in(model, _LONGEST_DRAFT)
         draft = stand_in(draft_model, 2)
-        verified: Drawn | None = None
-        n_yielded = 0  # of the tokens that were verified at once
+        # Of the tokens that were verified at once, those not yet yielded.
+        lazy: deque[LogProbs] = deque()
 
         def on_sample(drawn: Drawn | None) -> None:
-            nonlocal verified, n_yielded
             if turn.model is draft:
                 count.proposed += 1
-            else:
-                verified, n_yielded = drawn, 0
+                return
+            lazy.clear()
+            if drawn is not None:
+                assert target._head is not None
+                lazy.extend(of_drawn(target._head, drawn))
 
         turn.on_sample = on_sample
         kwargs["sampler"] = turn.sampler
         steps = stock(prompt, target, draft, *args, **kwargs)
         with closing(steps):
             for token, plain, from_draft in steps:
-                drawn, n = verified, n_yielded
-                n_yielded += 1
                 count.accepted += from_draft
-                if drawn is not None and target._head is not None:
-                    plain = logprobs(target._head, drawn)[n]
-                yield token, plain, from_draft
+                yield token, lazy.popleft() if lazy else plain, from_draft
 
     return speculative_generate_step
 
@@ -437,7 +455,7 @@ def _draw_batch(
             key = keys.next(settings)
             drawn = draw(head, settings, states, key, processors, context)
             tokens.append(drawn.tokens)
-            lazy += list(logprobs(head, drawn))
+            lazy += of_drawn(head, drawn)
         else:
             logits = full_logits(head, states)
             for processor in request.processors:
@@ -465,3 +483,23 @@ def exact(stock: Step) -> Step:
             return stock(first, *args, **kwargs)
 
     return scored
+
+
+def top_logprobs(stock: Step) -> Step:
+    """``_format_top_logprobs`` of mlx-lm's server, without making all of them."""
+
+    @wraps(stock)
+    def format(logprobs: mx.array, top_n: int, tokenizer: Any) -> Any:
+        found = None
+        if top_n > 0 and isinstance(logprobs, LogProbs):
+            found = logprobs.top(top_n)
+        if found is None:
+            return stock(logprobs, top_n, tokenizer)
+        ids, values = (cast(list[Any], a.tolist()) for a in found)
+        texts = tokenizer.convert_ids_to_tokens(ids)
+        return tuple(
+            {"id": i, "token": text, "logprob": value}
+            for i, text, value in zip(ids, texts, values, strict=True)
+        )
+
+    return format

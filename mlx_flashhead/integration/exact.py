@@ -23,10 +23,9 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head import FlashHead, prefers_dense
-from ..sampling import Processor, Settings, coupled, draw, fits
+from ..head import prefers_dense
+from ..sampling import Processor, Settings, coupled, draw, fits, of_dense
 from ..sampling.draw import known_transform
-from ..sampling.steps import run
 from .keys import Keys
 from .rollback import Rollback, supported
 from .samplers import read_processors, read_sampler
@@ -285,13 +284,14 @@ class ExactDecoder:
         mx.eval(drawn, drafts)  # all at once: each wait for the device takes its time
         found, drafted = _values(drawn.tokens), _values(drafts)
         certain = _values(drawn.certain)
+        lazy = of_dense(head, logits)
         chosen: list[Verified] = []
         for i, token in enumerate(found):
             row = logits[i : i + 1]
             if not certain[i]:
                 key, every = keys[i : i + 1], head.n_clusters
                 token = _value(coupled.draw(head, settings, row, key, every).tokens)
-            chosen.append(Verified(token, run(head, log_softmax, (), row)))
+            chosen.append(Verified(token, lazy[i]))
             if i < len(drafted) and token != drafted[i]:
                 break
         return chosen
@@ -334,10 +334,3 @@ def _value(token: mx.array) -> int:
 
 def _values(tokens: mx.array) -> list[int]:
     return cast(list[int], tokens.tolist())
-
-
-def log_softmax(head: FlashHead, row: mx.array) -> mx.array:
-    """Log-probabilities ``[V]`` in vocabulary order of logits in cluster order, ``[1,
-    V]``."""
-    row = row[0, head.positions]
-    return row - mx.logsumexp(row)

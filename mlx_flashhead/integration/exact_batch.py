@@ -20,9 +20,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..head import FlashHead
-from ..sampling import Settings, coupled
+from ..sampling import Settings, coupled, of_dense
 from ..sampling.draw import known_transform
-from .exact import ExactDecoder, LogitsProcessor, Sampler, log_softmax
+from .exact import ExactDecoder, LogitsProcessor, Sampler
 from .slots import FlashLinear, hidden_state
 
 # A token [1], and its lazy log-probabilities [V].
@@ -146,7 +146,7 @@ def _choose(
                 own = coupled.process(head, decoder.readable, context, own)
             keys = mx.stack([decoders[i].key for i in rows])
             tokens = _draw(head, decoder.settings, own, keys)
-            lazy = [log_softmax(head, row[None]) for row in own]
+            lazy = [*of_dense(head, own)]
         choices.update(zip(rows, zip(_rows(tokens), lazy, strict=True), strict=True))
     return [choices[i] for i in range(len(decoders))]
 

@@ -117,7 +117,7 @@ def _draw(
     if edits is not None:
         # What the model makes of its logits comes before the processors.
         before, shaping = shaping, kernels.Shaping()
-        logits = _edited(head, probes, before(exact), *edits)
+        logits = edited(head, probes, before(exact), *edits)
         of_centroids = before.transformed(centroid_logits.astype(mx.float32))
         score = partial(_model_scores, head, before, h)
         rows = rows if transform.identity else None
@@ -158,14 +158,14 @@ def rules_of(settings: Settings) -> filters.Rules | None:
     )
 
 
-def _edited(
+def edited(
     head: FlashHead,
     probes: mx.array,
     logits: mx.array,
     ids: mx.array,
-    edited: mx.array,
+    values: mx.array,
 ) -> mx.array:
-    """Logits ``[1, q * m]`` of the clusters ``probes [1, q]`` with ``edited [1, n]``
+    """Logits ``[1, q * m]`` of the clusters ``probes [1, q]`` with ``values [1, n]``
     where ``ids [n]`` stand, whose clusters are the last n. What stands twice counts
     where it stands first."""
     m, (q, n) = head.cluster_size, (probes.shape[1], ids.size)
@@ -178,7 +178,7 @@ def _edited(
     # Repetitions go to a place that is cut off.
     at = mx.where(processing.repeated(ids), q * m, first * m + slot)
     flat = mx.concatenate([rows.reshape(-1), mx.zeros(1)])
-    return mx.put_along_axis(flat, at, edited[0], axis=0)[None, : q * m]
+    return mx.put_along_axis(flat, at, values[0], axis=0)[None, : q * m]
 
 
 def logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
