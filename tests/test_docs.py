@@ -49,6 +49,11 @@ ELSEWHERE = {
         "$(BIN)/mlx_flashhead.demo",
     ),
     "make test": ("is this test suite", ".ci/run", "make test"),
+    "python tests/test_models.py": (
+        "writes a document; the tests find the same, model by model",
+        "tests/test_models.py",
+        "def test_the_document_says_what_works",
+    ),
     "make lint": ("is the other half of CI", ".ci/run", "make lint"),
     "make test-oldest": (
         "makes an environment from the package index",
@@ -119,6 +124,7 @@ SHORTER = {
     "python benchmarks/scaling.py": "--steps 1 --repeats 1 --sweeps bits",
     "python benchmarks/gpu_check.py": "--self-test",
     "python benchmarks/recall.py": "--tokens 500",
+    "python benchmarks/server.py": "--tokens 4 --repeats 1 --answers streaming",
     "python examples/": "--max-tokens 4",
 }
 # Commands that several sections have and that change nothing: the first one runs them.

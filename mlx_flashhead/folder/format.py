@@ -189,8 +189,10 @@ def _check_tensors(tensors: dict[str, mx.array], section: Section) -> None:
             continue
         _require(d % group_size == 0, f"{name}: groups do not fit {d}")
         expected[f"{name}.weight"] = ((*lead, d * bits // 32), mx.uint32)
-        for part in ("scales", "biases"):
-            expected[f"{name}.{part}"] = ((*lead, d // group_size), mx.floating)
+        affine = form.mode == "affine"
+        scales = (*lead, d // group_size), mx.floating if affine else mx.uint8
+        for part in ("scales", "biases") if affine else ("scales",):
+            expected[f"{name}.{part}"] = scales
     unknown = sorted(tensors.keys() - expected.keys())
     _require(not unknown, f"unknown tensor {unknown[:1]}")
     for name, (shape, kind) in expected.items():

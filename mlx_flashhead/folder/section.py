@@ -22,6 +22,8 @@ CONFIG_KEY = "flashhead"
 # Positions that one dense product verifies, where a folder does not say it. On Apple's
 # GPUs MLX reads the rows once for all from 6 to 12 positions on.
 VERIFY_EVERY = 16
+# MLX's other modes of quantization, with their bits and group sizes. Scales are uint8.
+MODES = (("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16))
 _MAX_CONFIG_BYTES = 1 << 26
 _MAX_REAL = float(np.finfo(np.float32).max)
 
@@ -247,7 +249,8 @@ def _check(values: Mapping[str, Any]) -> None:
         bits, group_size = form.get("bits"), form.get("group_size")
         dense = bits in (16, 32) and group_size == 0
         packed = bits in (2, 3, 4, 5, 6, 8) and group_size in (32, 64, 128)
-        known = (dense or packed) and form.get("mode") == "affine"
+        affine = (dense or packed) and form.get("mode") == "affine"
+        known = affine or (form.get("mode"), bits, group_size) in MODES
         _require(known, f"{name} has an unknown form {form!r:.80}")
     for key in ("head_sha256", "recipe", "calibration", "clusters"):
         value = values.get(key, "")

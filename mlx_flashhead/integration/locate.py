@@ -47,9 +47,11 @@ def _watched(module: nn.Module, record: Record) -> Iterator[None]:
         def weight(self) -> mx.array:
             # What an embedding's as_linear multiplies with, and models without it.
             rows: mx.array = self["weight"]
-            if not isinstance(self, nn.Embedding):
-                return rows
-            return Rows(rows, lambda x: record(x, x @ rows.T))
+            if isinstance(self, nn.QuantizedEmbedding):
+                return Rows(rows, self.as_linear)
+            if isinstance(self, nn.Embedding):
+                return Rows(rows, lambda x: record(x, x @ rows.T))
+            return rows
 
     module.__class__ = Watched
     try:
@@ -139,7 +141,7 @@ def find_head(model: nn.Module) -> str:
     looked = ", ".join(tried) if tried else f"{', '.join(wide)} and others"
     raise HeadNotFound(
         f"no linear or embedding layer makes the {vocab_size} logits; "
-        f"looked at {looked}"
+        f"looked at {looked}; use a model whose logits come from one, each by itself"
     )
 
 
