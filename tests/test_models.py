@@ -129,7 +129,7 @@ def converts(source: Path, folder: Path) -> None:
         str(source),
         folder,
         cluster_size=CLUSTER,
-        n_probes=MANY,
+        n_probes=FEW,
         calibration_data=text,
         verbose=False,
     )
@@ -218,7 +218,7 @@ def quick_or_full(name: str):
     return name if name in QUICK else pytest.param(name, marks=pytest.mark.full)
 
 
-@pytest.mark.parametrize("name", map(quick_or_full, CURRENT))
+@pytest.mark.parametrize("name", [*map(quick_or_full, CURRENT)])
 def test_the_document_says_what_works(name, tmp_path):
     found, errors = row(name, tmp_path)
     written = rows_of_document().get(name)
