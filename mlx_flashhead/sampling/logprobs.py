@@ -13,9 +13,9 @@ from typing import Any, NamedTuple, Protocol
 
 import mlx.core as mx
 
-from ..head import FlashHead, masses
+from ..head import FlashHead, Transform, masses
 from .draw import Drawn, edited, known_transform, logprobs
-from .steps import run
+from .steps import constant, run
 
 
 class Known(Protocol):
@@ -103,12 +103,12 @@ def of_dense(head: FlashHead, logits: mx.array) -> list[LogProbs]:
         head: The head.
         logits: The model's logits in cluster order, ``[k, V]``.
     """
-    log_z = mx.logsumexp(logits, axis=-1)  # of all at once, if anybody asks
     lazy = []
     for i in range(len(logits)):
-        row, norm = logits[i : i + 1], log_z[i : i + 1]
-        whole = run(head, _log_softmax, (), row, norm)
-        lazy.append(LogProbs(whole, Dense(head, row, norm)))
+        row = logits[i : i + 1]
+        log_z = mx.logsumexp(row, axis=-1)
+        whole = run(head, _log_softmax, (), row, log_z)
+        lazy.append(LogProbs(whole, Dense(head, row, log_z)))
     return lazy
 
 
@@ -146,6 +146,7 @@ def _scored(
     centroid_logits: mx.array,
     probes: mx.array,
     exact: mx.array,
+    log_weights: mx.array,
     *edits: mx.array,
 ) -> Scored:
     transform = known_transform(head)
@@ -154,16 +155,24 @@ def _scored(
     again = (probes == own)[..., None]
     exact = mx.where(again, -mx.inf, exact.reshape(*probes.shape, -1))
     exact = mx.concatenate([head.score(h, own), exact], axis=1)
-    # A cap would make a number of what is not there.
-    logits = mx.where(exact > -mx.inf, transform(exact), -mx.inf)
+    logits = _transformed(transform, exact)
     if edits:
         logits = edited(head, clusters, logits, *edits).reshape(exact.shape)
-    each = transform(masses.estimate(head, centroid_logits))
+    each = transform(centroid_logits.astype(mx.float32)) + log_weights - head.log_sizes
+    each = transform(transform.inverse(each))  # below a cap, where there is one
     each = mx.put_along_axis(each, clusters, mx.array(-mx.inf), axis=1)
     log_z = mx.logaddexp(
-        mx.logsumexp(logits, axis=(1, 2)), mx.logsumexp(each + head.log_sizes, axis=1)
+        mx.logsumexp(logits.reshape(len(h), -1), axis=1),
+        mx.logsumexp(each + head.log_sizes, axis=1),
     )
     return Scored(clusters, logits, each, log_z)
+
+
+def _transformed(transform: Transform, logits: mx.array) -> mx.array:
+    """The model's logits; what is not there, ``-inf``, stays so."""
+    if transform.identity:
+        return logits
+    return mx.where(logits > -mx.inf, transform(logits), -mx.inf)
 
 
 class Steps:
@@ -176,8 +185,10 @@ class Steps:
     def scored(self) -> Scored:
         """What is known of them; computed at once for all, if anybody asks."""
         drawn = self._drawn
-        edits = drawn.edits or ()
-        known = (drawn.states, drawn.tokens, *drawn.retrieved, *edits)
+        log_weights = constant(self.head, masses.log_weights, 1.0)
+        known: tuple[mx.array, ...] = (drawn.states, drawn.tokens)
+        known += (*drawn.retrieved, log_weights)
+        known += drawn.edits or ()
         return Scored(*run(self.head, _scored, (), *known))
 
     def score(self, b: int, clusters: mx.array) -> mx.array:
@@ -185,7 +196,7 @@ class Steps:
         float32 ``[n, m]``; ``-inf`` for padding."""
         h = self._drawn.states[b : b + 1]
         logits = self.head.score(h, clusters[None])[0]
-        return mx.where(logits > -mx.inf, known_transform(self.head)(logits), -mx.inf)
+        return _transformed(known_transform(self.head), logits)
 
 
 @dataclass(frozen=True)
