@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
 import pickle
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from small_heads import make_head, random_states
 
-from mlx_flashhead import load, patch_decoding
+from mlx_flashhead import load, patch_decoding, patched
 from mlx_flashhead.head import Transform
 from mlx_flashhead.integration.decode import _Unread, top_logprobs
 from mlx_flashhead.integration.samplers import read_processors
@@ -126,6 +127,23 @@ def test_the_servers_likeliest_are_those():
     assert [e["logprob"] for e in entries] == one.top(4)[1].tolist()
     assert format(one, 0, asked) == format(one + 0, 4, asked) == "stock"
     assert format(of_dense(head, mx.zeros((1, V)))[0], 4, asked) == "stock"
+
+
+def test_the_server_is_patched_once_it_is_there(untied_folder):
+    server = importlib.import_module("mlx_lm.server")
+    stock = server._format_top_logprobs
+    for exact in (True, False):
+        with patched(exact=exact):
+            model, tokenizer = mlx_lm.load(str(untied_folder))
+            assert server._format_top_logprobs is not stock
+            steps = mlx_lm.stream_generate(model, tokenizer, PROMPT, 3)
+            for lazy in (r.logprobs for r in steps):
+                found = server._format_top_logprobs(lazy, 5, tokenizer)
+                wanted = stock(lazy, 5, tokenizer)
+                assert found[0].keys() == wanted[0].keys() and len(found) == 5
+                if exact:
+                    assert found == wanted
+        assert server._format_top_logprobs is stock
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
