@@ -695,10 +695,14 @@ def test_the_file_format_is_as_documented(tied_folder):
         kind = str(tensor.dtype).split(".")[-1]
         fits = mx.issubdtype(tensor.dtype, mx.floating)
         assert dtypes[name] == kind or (dtypes[name] == "floating" and fits), name
-    (table,) = in_section["docs/file-format.md#the-section-of-configjson"].tables
+    (table,) = in_section["docs/file-format.md#the-section"].tables
     keys = {k for row in table[1:] for k in re.findall(r"`(\w+)`", row[0])}
     stored = json.loads((tied_folder / "config.json").read_text())["flashhead"]
     assert keys - {"clusters"} == stored.keys()
+    _, metadata = mx.load(
+        str(tied_folder / "flashhead.safetensors"), return_metadata=True
+    )
+    assert stored.keys() - {"files"} == json.loads(metadata["flashhead"]).keys()
     version = re.search(
         r"This is version (\d+)", (ROOT / "docs/file-format.md").read_text()
     )
