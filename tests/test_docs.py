@@ -189,6 +189,9 @@ class Place:
             convert(str(sources / source), self.things / name, verbose=False)
         # As if it had been uploaded.
         self._add("you/gemma-3-1b-flash", self.things / "gemma-3-1b-flash")
+        sidecar = self.things / "gemma-3-1b-flashhead"
+        convert(str(sources / "gemma"), sidecar=sidecar, verbose=False)
+        self._add("you/gemma-3-1b-flashhead", sidecar)
         gguf = self.things / "MODEL.gguf"
         write_gguf(gguf, "llama", gguf_tensors("llama", reference_model("llama")))
         convert(gguf_path=str(gguf), mlx_path=self.things / "FOLDER", verbose=False)
