@@ -4,18 +4,21 @@
 
 Through mlx-lm's own ``generate_step``, in turn. Weights are made at random, for speed
 does not depend on them, but rows of a cluster resemble each other and logits are as
-peaked as a language model's, so that drafts stand about as often.
+peaked as a language model's, so that drafts stand about as often. ``--host`` adds where
+the time of a step goes: to build its graph, to submit it, and to wait for the device.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import click
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from samplers import SAMPLERS
 
@@ -23,9 +26,14 @@ from mlx_flashhead import patch_decoding, unpatch, verification
 from mlx_flashhead.benchmarking.report import markdown_table
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.head import FlashHead
+from mlx_flashhead.integration.decode import head_of
+from mlx_flashhead.integration.keys import Keys
 from mlx_flashhead.integration.locate import place
-from mlx_flashhead.integration.slots import FlashLinear
+from mlx_flashhead.integration.samplers import read_sampler
+from mlx_flashhead.integration.slots import FlashLinear, hidden_state
 from mlx_flashhead.kernels import doctor
+from mlx_flashhead.sampling import coupled, draw
+from mlx_flashhead.sampling.draw import known_transform
 
 # Not "from mlx_lm import generate": that name is a function's.
 _generate = importlib.import_module("mlx_lm.generate")
@@ -148,15 +156,74 @@ def run(model: nn.Module, options: dict[str, Any], n: int) -> float:
     return (n - 33) / (times[-1] - times[32])
 
 
+def host(
+    step: Callable[[mx.array], list[mx.array]], state: mx.array, n: int = 80
+) -> list[str]:
+    """Median microseconds of a step that waits for the one before: to build its graph,
+    to submit it, and to wait. The step's first array is the next one's input."""
+    spent = []
+    for _ in range(n):
+        begin = time.perf_counter()
+        arrays = step(state)
+        built = time.perf_counter()
+        mx.async_eval(*arrays)
+        submitted = time.perf_counter()
+        mx.eval(*arrays)
+        state = arrays[0]
+        spent.append(
+            (built - begin, submitted - built, time.perf_counter() - submitted)
+        )
+    return [f"{1e6 * sorted(each)[n // 2]:.0f}" for each in zip(*spent)]
+
+
+def host_rows(name: str, models: dict[str, nn.Module], sampler: str) -> list[list[str]]:
+    """What :func:`host` finds of a dense step, of an approximate one, of a drafted one,
+    and of a verification, the body left out of that."""
+    sample = make_sampler(**SAMPLERS[sampler])
+    settings = read_sampler(sample)
+    rows = []
+    for way in ("dense", "approximate", "exact"):
+        model = models[way]
+        cache = make_prompt_cache(model)
+        keys = Keys()
+
+        def dense(token: mx.array, model=model, cache=cache) -> list[mx.array]:
+            logits = model(token[None], cache=cache)[:, -1]
+            logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            return [sample(logprobs), logprobs]
+
+        def drawn(token: mx.array, model=model, cache=cache, keys=keys):
+            head = head_of(model)
+            h = hidden_state(head, model, token[None], cache=cache)[:, -1]
+            return [draw(head, settings, h, keys.next(settings)).tokens]
+
+        step = dense if way == "dense" else drawn
+        what = "a draft" if way == "exact" else way
+        rows.append([name, sampler, what, *host(step, mx.array([7]))])
+    head = head_of(models["exact"])
+    keys = mx.random.split(mx.random.key(0), 16)
+
+    def verification(states: mx.array) -> list[mx.array]:
+        logits = known_transform(head)(head.clustered(states))
+        tokens = coupled.draw(head, settings, logits, keys).tokens
+        return [states + 0 * tokens[:, None].astype(states.dtype), tokens]
+
+    states = mx.random.normal((16, head.hidden_size)).astype(mx.bfloat16)
+    rows.append([name, sampler, "a verification of 16", *host(verification, states)])
+    return rows
+
+
 @click.command(context_settings={"show_default": True})
 @click.argument("names", nargs=-1, type=click.Choice(list(MODELS)))
 @click.option("--bits", default=8)
 @click.option("--max-tokens", default=193)
 @click.option("--repeats", default=5)
 @click.option("--samplers", default="greedy,top-p,top-k,temperature")
-def main(names, bits, max_tokens, repeats, samplers):
+@click.option("--host/--no-host", "show_host", default=False)
+def main(names, bits, max_tokens, repeats, samplers, show_host):
     """Decode with made models: dense, approximate, exact."""
     click.echo(doctor.describe())
+    times = [["model", "sampler", "step", "build, us", "submit, us", "wait, us"]]
     table = [
         [
             *("model", "sampler", "dense", "approximate", "exact"),
@@ -195,7 +262,11 @@ def main(names, bits, max_tokens, repeats, samplers):
                 ]
             )
             click.echo(" | ".join(table[-1]))
+            if show_host:
+                times += host_rows(name, models, sampler)
     click.echo(markdown_table(table, left=2))
+    if show_host:
+        click.echo(f"\n{markdown_table(times, left=3)}")
 
 
 if __name__ == "__main__":

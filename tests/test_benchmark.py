@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from mlx_lm.sample_utils import make_sampler
+from test_community import script as community
 
 from mlx_flashhead import benchmark as command
 from mlx_flashhead.benchmarking import (
@@ -60,11 +61,19 @@ def test_terminal_and_markdown(outputs):
     tables = [line for line in text.splitlines() if line.startswith("|")]
     # Four cells of two samplers and six heads.
     assert len(tables) == 4 * (2 + 12)
-    assert text.rstrip().endswith("b.png\n```")
+    assert text.count("b.png\n```") == 1
     assert f"mlx {mx.__version__}" in text
     assert "Warning: the fan is off." in text
     assert "Left out" not in text
     assert (out / "b.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_its_end_can_be_shared(outputs):
+    text = (outputs[2] / "b.md").read_text()
+    shared = community.read(text)
+    assert text.rstrip().endswith("```") and len(shared["rows"]) == 4 * 2 * 6
+    assert shared["warnings"] == ["the fan is off"]
+    assert shared["rows"][0]["tokens_per_second"][0] > 0
 
 
 def test_json(outputs):

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..cli import check_exists, check_outputs
 from ..compute.device import on_gpu
-from . import conditions, loading, report
+from . import community, conditions, loading, report
 from .competitors import check, heads, other
 from .energy import meter
 from .latency import spread
@@ -130,6 +130,8 @@ def benchmark(
         }
         Path(json_path).write_text(json.dumps(result, indent=2) + "\n")
     if markdown:
+        shared = community.record(model, rows, machine, list(seen))
+        text.append(f"To share (docs/community.md):\n\n{community.block(shared)}")
         Path(markdown).write_text("\n\n".join(text) + "\n")
     if plot:
         report.plot(rows, plot, title)

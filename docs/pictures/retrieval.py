@@ -1,6 +1,6 @@
-"""Draw what FlashHead does, with the sizes of Gemma 3 270M: docs/flashhead.svg.
+"""Draw what FlashHead does, with Gemma 3 270M's sizes: docs/pictures/retrieval.svg.
 
-    python docs/picture.py [--out FILE.svg]
+    python docs/pictures/retrieval.py [--out FILE.svg]
 
 Needs matplotlib. The megabytes follow from the sizes: rows of 8 bits, centroids of 4,
 a scale and an offset of 16 bits for every 64 weights, one float for every bonus.
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, PathPatch, Rectangle
 from matplotlib.path import Path
 
-FILE = pathlib.Path(__file__).with_name("flashhead.svg")
+FILE = pathlib.Path(__file__).with_name("retrieval.svg")
 
 V, D = 262_144, 640
 CLUSTER_SIZE = 16
