@@ -282,16 +282,18 @@ def _check_tensors(tensors: dict[str, mx.array], section: Section) -> None:
     }
     if "bias" in tensors:
         expected["bias"] = ((c, m), mx.floating)
-    tables: list[tuple[str, tuple[int, ...], TableForm]]
-    tables = [("centroids", (c,), section.centroids)]
-    if section.stored_rows:
-        tables.append(("rows", (c, m), section.rows))
-    for name, lead, form in tables:
+    for name, lead, form in (
+        ("rows", (c, m), section.rows),
+        ("centroids", (c,), section.centroids),
+    ):
         bits, group_size = form.bits, form.group_size
+        if group_size:
+            _require(d % group_size == 0, f"{name}: groups do not fit {d}")
+        if name == "rows" and not section.stored_rows:
+            continue
         if not group_size:
             expected[f"{name}.weight"] = ((*lead, d), mx.floating)
             continue
-        _require(d % group_size == 0, f"{name}: groups do not fit {d}")
         expected[f"{name}.weight"] = ((*lead, d * bits // 32), mx.uint32)
         for part in ("scales", "biases"):
             expected[f"{name}.{part}"] = ((*lead, d // group_size), mx.floating)
