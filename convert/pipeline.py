@@ -461,17 +461,14 @@ def build_head(
 def _head_format(
     table: Table, head_bits: int | None, centroid_bits: int, group_size: int | None
 ) -> tuple[int, int]:
-    """Bits and group size of the rows; the source's where nothing else is asked."""
-    if table.quantized and table.mode != "affine":
-        raise ConvertError(
-            f"the head is quantized with mode {table.mode!r}; dequantize the model "
-            "first (mlx_lm.convert -d)"
-        )
+    """Bits and group size of the rows; the source's where nothing else is asked. The
+    group size is that of centroids alone where the rows keep a mode of their own."""
     keep = table.quantized and head_bits in (None, table.bits)
     bits = head_bits or (table.bits if table.quantized else 8)
     d = table.hidden_size
     if group_size is None:
-        group_size = table.group_size if keep else default_group_size(d)
+        affine = keep and table.mode == "affine"
+        group_size = table.group_size if affine else default_group_size(d)
     if d % group_size and min(bits, centroid_bits) < 16:
         fits = [g for g in GROUP_SIZES if d % g == 0]
         hint = f"use {' or '.join(map(str, fits))}"

@@ -111,7 +111,8 @@ class Source:
         except Exception as e:
             reason = " ".join(str(e).split()) or type(e).__name__
             raise SourceError(
-                f"{self.name}: mlx-lm cannot load this model: {reason[:400]}"
+                f"{self.name}: mlx-lm cannot load this model: {reason[:400]}; use one "
+                "that mlx_lm.generate runs"
             ) from e
         model, tokenizer, config = loaded
         text_config = config.get("text_config") or {}

@@ -51,6 +51,11 @@ ELSEWHERE = {
         "$(BIN)/mlx_flashhead.demo",
     ),
     "make test": ("is this test suite", ".ci/run", "make test"),
+    "python tests/test_models.py": (
+        "writes a document; the tests find the same, model by model",
+        "tests/test_models.py",
+        "def test_the_document_says_what_works",
+    ),
     "make lint": ("is the other half of CI", ".ci/run", "make lint"),
     "make test-oldest": (
         "makes an environment from the package index",
@@ -127,6 +132,7 @@ SHORTER = {
     "python benchmarks/scaling.py": "--steps 1 --repeats 1 --sweeps bits",
     "python benchmarks/gpu_check.py": "--self-test",
     "python benchmarks/recall.py": "--tokens 500",
+    "python benchmarks/server.py": "--tokens 4 --repeats 1 --answers streaming",
     "python examples/": "--max-tokens 4",
 }
 # Commands that several sections have and that change nothing: the first one runs them.
@@ -195,6 +201,9 @@ class Place:
         small_vlms.picture(self.things / "photo.png")
         # As if it had been uploaded.
         self._add("you/gemma-3-1b-flash", self.things / "gemma-3-1b-flash")
+        sidecar = self.things / "gemma-3-1b-flashhead"
+        convert(str(sources / "gemma"), sidecar=sidecar, verbose=False)
+        self._add("you/gemma-3-1b-flashhead", sidecar)
         gguf = self.things / "MODEL.gguf"
         write_gguf(gguf, "llama", gguf_tensors("llama", reference_model("llama")))
         convert(gguf_path=str(gguf), mlx_path=self.things / "FOLDER", verbose=False)
@@ -722,10 +731,14 @@ def test_the_file_format_is_as_documented(tied_folder):
         kind = str(tensor.dtype).split(".")[-1]
         fits = mx.issubdtype(tensor.dtype, mx.floating)
         assert dtypes[name] == kind or (dtypes[name] == "floating" and fits), name
-    (table,) = in_section["docs/file-format.md#the-section-of-configjson"].tables
+    (table,) = in_section["docs/file-format.md#the-section"].tables
     keys = {k for row in table[1:] for k in re.findall(r"`(\w+)`", row[0])}
     stored = json.loads((tied_folder / "config.json").read_text())["flashhead"]
     assert keys - {"clusters"} == stored.keys()
+    _, metadata = mx.load(
+        str(tied_folder / "flashhead.safetensors"), return_metadata=True
+    )
+    assert stored.keys() - {"files"} == json.loads(metadata["flashhead"]).keys()
     version = re.search(
         r"This is version (\d+)", (ROOT / "docs/file-format.md").read_text()
     )

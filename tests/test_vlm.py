@@ -76,9 +76,9 @@ def vlm(request, folders):
     return request.param, utils.load_model(source), folder
 
 
-def each(first):
-    """All models in the full suite, in the quick one only the first."""
-    return pytest.mark.parametrize("vlm", models({first}), indirect=True)
+def each(*quick):
+    """All models in the full suite, in the quick one only these."""
+    return pytest.mark.parametrize("vlm", models(quick), indirect=True)
 
 
 def load_flash(folder, **options):
@@ -131,6 +131,7 @@ def test_converting_keeps_the_files(folders):
     assert mx.allclose(text(given), stock(given).logits, atol=1e-4)
 
 
+@pytest.mark.full
 def test_with_other_bits_the_folder_is_the_text_model(folders, tmp_path):
     source, _ = folders["gemma3"]
     convert(str(source), tmp_path / "q", quantize=True, n_probes=10, verbose=False)
@@ -243,13 +244,13 @@ def test_what_is_left_to_mlx_vlm(vlm):
 def test_seeds_draw_the_same_for_any_draft(vlm):
     name, _, folder = vlm
     found = []
-    for draft in ({}, {"n_probes": 90}, {"verify_every": 5}):
+    for draft in ({}, {"n_probes": 90, "verify_every": 5}):
         model = load_flash(folder, **draft)
         options = [{"seed": 3}, {"seed": 4}, {"seed": 3, "top_p": 0.8}]
         found.append([tokens(model, name, 24, temperature=0.8, **o) for o in options])
         mx.random.seed(1)
         found[-1].append(tokens(model, name, 24, temperature=0.8, top_p=0.9))
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert len(set(map(tuple, found[0]))) == 4
 
 
@@ -398,7 +399,7 @@ def test_exact_batches(vlm):
                 )
 
 
-@each("qwen3_vl")
+@each()
 def test_sampled_batches(vlm):
     name, plain, folder = vlm
 

@@ -20,9 +20,11 @@ from typing import Any
 import mlx.core as mx
 
 from ..head import FlashHead
-from ..sampling import Settings, coupled
+from ..sampling import Settings, coupled, of_dense
 from ..sampling.draw import known_transform
-from .exact import ExactDecoder, LogitsProcessor, Sampler, log_softmax
+from ..sampling.masks import allowed
+from .exact import ExactDecoder, LogitsProcessor, Sampler
+from .masking import values
 from .slots import FlashLinear, hidden_state
 
 # A token [1], and its lazy log-probabilities [V].
@@ -142,7 +144,7 @@ def _choose(
         return list(zip(_rows(sampler(own)), own, strict=True))
     groups: dict[Any, list[int]] = {}
     for i, decoder in enumerate(decoders):
-        simple = decoder.known and not decoder.readable
+        simple = decoder.known and not decoder.processors
         groups.setdefault(decoder.settings if simple else i, []).append(i)
     choices: dict[int, Choice] = {}
     for rows in groups.values():
@@ -150,14 +152,18 @@ def _choose(
         decoder, context = decoders[rows[0]], contexts[rows[0]]
         if decoder.settings is None or decoder.readable is None:
             own = decoder.logprobs(own, context)
-            tokens, lazy = decoder.sampler(own), list(own)
+            drawn, lazy = decoder.sampler(own), list(own)
         else:
+            if decoder.masks:
+                tokens, stops = values(context), decoder.slot.stop_tokens
+                may_come = allowed(head, decoder.masks, tokens, stops).clustered
+                own = mx.where(may_come, own, -mx.inf)
             if decoder.readable:
                 own = coupled.process(head, decoder.readable, context, own)
             keys = mx.stack([decoders[i].key for i in rows])
-            tokens = _draw(head, decoder.settings, own, keys)
-            lazy = [log_softmax(head, row[None]) for row in own]
-        choices.update(zip(rows, zip(_rows(tokens), lazy, strict=True), strict=True))
+            drawn = _draw(head, decoder.settings, own, keys)
+            lazy = [*of_dense(head, own)]
+        choices.update(zip(rows, zip(_rows(drawn), lazy, strict=True), strict=True))
     return [choices[i] for i in range(len(decoders))]
 
 

@@ -87,7 +87,7 @@ def patch(
     def load_model(stock: Any, *args: Any, **kwargs: Any) -> Any:
         options: dict[str, Any] = {**kwargs, **(_options or {})}
         loaded = loading.load_model(stock, *args, **options)
-        _patch_scoring()
+        _patch_late()
         return loaded
 
     ours: dict[str, Callable[..., Any]] = {
@@ -153,23 +153,25 @@ def _replace(
     setattr(owner, name, value)
 
 
-def _patch_scoring() -> None:
-    """mlx_lm.evaluate and mlx_lm.perplexity score given text: with the dense head. They
-    are patched only once they are there: evaluate needs a package of its own."""
-    for module, name in _SCORING:
+def _patch_late() -> None:
+    """mlx_lm.evaluate and mlx_lm.perplexity score given text: with the dense head. The
+    server asks log-probabilities for the likeliest. They are patched only once they are
+    there: evaluate needs a package of its own."""
+    for module, name, wrap in _LATE:
         owner = sys.modules.get(module)
         *path, last = name.split(".")
         for part in path:
             owner = getattr(owner, part, None)
         if not hasattr(owner, last) or any(e[:2] == (owner, last) for e in _loading):
             continue
-        _replace(_loading, owner, last, decode.exact(getattr(owner, last)))
+        _replace(_loading, owner, last, wrap(getattr(owner, last)))
 
 
-_SCORING = (
-    ("mlx_lm.evaluate", "MLXLM._process_prompt"),
-    ("mlx_lm.evaluate", "MLXLM._score_fn"),
-    ("mlx_lm.perplexity", "eval_ppl"),
+_LATE: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("mlx_lm.evaluate", "MLXLM._process_prompt", decode.exact),
+    ("mlx_lm.evaluate", "MLXLM._score_fn", decode.exact),
+    ("mlx_lm.perplexity", "eval_ppl", decode.exact),
+    ("mlx_lm.server", "_format_top_logprobs", decode.top_logprobs),
 )
 
 

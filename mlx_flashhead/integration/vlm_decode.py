@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
 from ..head import FlashHead, prefers_dense
-from ..sampling import Drawn, Processor, Settings, Tempered, draw, fits, logprobs
+from ..sampling import Drawn, Processor, Settings, Tempered, draw, fits, of_drawn
 from . import exact_batch
 from .decode import Step, batch_draw, slot_of
 from .exact import ExactDecoder, LogitsProcessor, Sampler, Verified
@@ -271,7 +271,7 @@ class _Drawing(_StandIn):
         return self._drawn[-1].tokens
 
     def logprobs(self, token: int) -> mx.array:
-        return logprobs(self._head, self._drawn.popleft())[0]
+        return of_drawn(self._head, self._drawn.popleft())[0]
 
 
 class _Exact(_StandIn):
@@ -323,7 +323,7 @@ def batch_step(stock: Step) -> Step:
         exact_batch.leave(self)
         if slot.decoding != "approximate":
             return stock(self)
-        drawn = _approximate_step(self, slot.head, request)
+        drawn = _approximate_step(self, slot, request)
         return stock(self) if drawn is None else drawn
 
     return _step
@@ -372,7 +372,7 @@ def _exact_step(
 
 
 def _approximate_step(
-    batch: Any, head: FlashHead, request: _Request
+    batch: Any, slot: FlashLinear, request: _Request
 ) -> tuple[list[int], Any, Any, Any] | None:
     """Tokens drawn among candidates; ``None`` where mlx-vlm's step has to do or is as
     fast."""
@@ -380,16 +380,16 @@ def _approximate_step(
         return None
     several = [_processors_of(batch, e) for e in range(len(batch.uids))]
     sampler = request.sampler or make_sampler()
-    drawing = batch_draw(head, [(sampler, own) for own in several])
+    drawing = batch_draw(slot, [(sampler, own) for own in several])
     if drawing is None:
         return None
     if not hasattr(batch, "_keys"):
         batch._keys = Keys(batch.model, request.seed)
     inputs = batch._next_tokens[:, None]
-    h = hidden_state(head, _text_of(batch), inputs, cache=batch.prompt_cache)[:, -1]
+    h = hidden_state(slot.head, _text_of(batch), inputs, cache=batch.prompt_cache)
     contexts = _contexts(batch)
     whose = {e: contexts[e] for e, own in enumerate(several) if own}
-    return _finish(batch, *drawing(h, batch._keys, whose))
+    return _finish(batch, *drawing(h[:, -1], batch._keys, whose))
 
 
 def _finish(

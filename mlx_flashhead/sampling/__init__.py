@@ -1,11 +1,13 @@
 """Tokens drawn among a FlashHead's candidates, the whole vocabulary counted."""
 
-from .draw import Drawn, draw, fits, full_logits, logprobs, split, token_logprobs
+from .draw import Drawn, draw, fits, full_logits, logprobs, split
+from .logprobs import LogProbs, of_dense, of_drawn
 from .settings import Bias, Penalty, Processor, Settings, Tempered
 
 __all__ = [
     "Bias",
     "Drawn",
+    "LogProbs",
     "Penalty",
     "Processor",
     "Settings",
@@ -14,6 +16,7 @@ __all__ = [
     "fits",
     "full_logits",
     "logprobs",
+    "of_dense",
+    "of_drawn",
     "split",
-    "token_logprobs",
 ]

@@ -144,7 +144,7 @@ def _draw(
         exact = head.score(h, probes).reshape(len(h), -1)
     logits = exact
     if edits is not None:
-        logits = _edited(head, probes, before(exact), *edits)
+        logits = edited(head, probes, before(exact), *edits)
     tokens, logprob = kernels.draft(logits, asked, summary)
     return tokens, logprob, centroid_logits, probes, exact
 
@@ -184,14 +184,14 @@ def rules_of(settings: Settings) -> filters.Rules | None:
     )
 
 
-def _edited(
+def edited(
     head: FlashHead,
     probes: mx.array,
     logits: mx.array,
     ids: mx.array,
-    edited: mx.array,
+    values: mx.array,
 ) -> mx.array:
-    """Logits ``[1, q * m]`` of the clusters ``probes [1, q]`` with ``edited [1, n]``
+    """Logits ``[1, q * m]`` of the clusters ``probes [1, q]`` with ``values [1, n]``
     where ``ids [n]`` stand, whose clusters are the last n. What stands twice counts
     where it stands first."""
     m, (q, n) = head.cluster_size, (probes.shape[1], ids.size)
@@ -204,7 +204,7 @@ def _edited(
     # Repetitions go to a place that is cut off.
     at = mx.where(processing.repeated(ids), q * m, first * m + slot)
     flat = mx.concatenate([rows.reshape(-1), mx.zeros(1)])
-    return mx.put_along_axis(flat, at, edited[0], axis=0)[None, : q * m]
+    return mx.put_along_axis(flat, at, values[0], axis=0)[None, : q * m]
 
 
 def logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
@@ -213,11 +213,7 @@ def logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
     whoever does not look at them pays nothing."""
     logits = run(head, _logits, (), drawn.states, drawn.tokens, *drawn.retrieved)
     if drawn.edits is not None:
-        ids, edited = drawn.edits
-        again = processing.repeated(ids)  # the first of them counts
-        edited = mx.where(again, edited[:, :1], edited)
-        ids = mx.where(again, ids[0], ids)
-        logits = mx.put_along_axis(logits, ids[None], edited, axis=1)
+        logits = processing.put(logits, *drawn.edits)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -237,42 +233,6 @@ def _logits(
         mx.concatenate([probes, cluster], axis=1),
         mx.concatenate([exact, head.score(h, cluster)[:, 0]], axis=1),
     )
-
-
-def token_logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
-    """Those of :func:`logprobs` of the tokens that were drawn, float32 ``[B]``, from
-    what is known of all others: no array of the vocabulary's size is made."""
-    if drawn.edits is not None:
-        found = mx.take_along_axis(logprobs(head, drawn), drawn.tokens[:, None], axis=1)
-        return found[:, 0]
-    states, tokens = drawn.states, drawn.tokens
-    return run(head, _token_logprobs, (), states, tokens, *drawn.retrieved)
-
-
-def _token_logprobs(
-    head: FlashHead,
-    h: mx.array,
-    tokens: mx.array,
-    centroid_logits: mx.array,
-    probes: mx.array,
-    exact: mx.array,
-) -> mx.array:
-    cluster, slot = mx.divmod(head.positions[tokens][:, None], head.cluster_size)
-    # The token's cluster counts by its rows, be it among those that were probed or not.
-    own = _model_logits(head, head.score(h, cluster)[:, 0])
-    rows = _model_logits(head, exact).reshape(*probes.shape, head.cluster_size)
-    rows = mx.where((probes == cluster)[..., None], -mx.inf, rows)
-    known = mx.concatenate([probes, cluster], axis=1)
-    tail = masses.log_masses(head, centroid_logits)
-    tail = mx.put_along_axis(tail, known, mx.array(-mx.inf), axis=1)
-    every = mx.concatenate([own, rows.reshape(len(h), -1), tail], axis=1)
-    token = mx.take_along_axis(own, slot, axis=1)[:, 0]
-    return token - mx.logsumexp(every, axis=1)
-
-
-def _model_logits(head: FlashHead, logits: mx.array) -> mx.array:
-    """What the model makes of its head's logits; padding stays ``-inf``."""
-    return mx.where(logits > -mx.inf, known_transform(head)(logits), -mx.inf)
 
 
 def full_logits(head: FlashHead, h: mx.array) -> mx.array:
