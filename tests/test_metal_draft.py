@@ -215,7 +215,7 @@ def test_a_planted_error_is_caught(name, monkeypatch):
     # Of few more than are probed, the tail does not have what top-p keeps.
     C = 24 if law == "top-p" else 140
     case = draft.Case(draft.LAWS[law], 16, 20, C, 32, 8, 32)
-    draft._check(case, 256)
+    draft.check(case, 256)
     monkeypatch.setattr(draft, "_sampled", planted)
     with pytest.raises(AssertionError, match="differs from the plain reference"):
-        draft._check(case, 256)
+        draft.check(case, 256)
