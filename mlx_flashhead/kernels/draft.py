@@ -60,8 +60,8 @@ def draft(logits: mx.array, draw: Draw, summary: mx.array | None = None) -> Draf
     rows = draw.tail.rows
     if draw.law is None or rows is not None:
         most = _most(draw)
-        check = partial(check, Case.of(draw, rows, most == LARGE_GROUP))
-        threads = backend.largest_group(_variant(draw, most), most, check)
+        checked = partial(check, Case.of(draw, rows, most == LARGE_GROUP))
+        threads = backend.largest_group(_variant(draw, most), most, checked)
         if threads and summary is None:
             summary = summarize(logits, draw)
         if threads and summary is not None:
