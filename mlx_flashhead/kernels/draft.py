@@ -60,8 +60,8 @@ def draft(logits: mx.array, draw: Draw, summary: mx.array | None = None) -> Draf
     rows = draw.tail.rows
     if draw.law is None or rows is not None:
         most = _most(draw)
-        check = partial(_check, Case.of(draw, rows, most == LARGE_GROUP))
-        threads = backend.largest_group(_variant(draw, most), most, check)
+        checked = partial(check, Case.of(draw, rows, most == LARGE_GROUP))
+        threads = backend.largest_group(_variant(draw, most), most, checked)
         if threads and summary is None:
             summary = summarize(logits, draw)
         if threads and summary is not None:
@@ -265,20 +265,16 @@ def largest(case: Case) -> int:
 
 
 def check(case: Case, threads: int) -> None:
-    """Raise unless the kernel matches its reference in this case."""
-    _check(case, threads)
-
-
-def _check(case: Case, threads: int, B: int = 64) -> None:
-    """Draws of so many keys. Rounding may move a few: noise that two clusters share to
-    all digits does not happen, but the edge of a filter may lie on a token."""
+    """Raise unless the kernel matches its reference in this case: draws of some keys.
+    Rounding may move one of them: noise that two clusters share to all digits does not
+    happen, but the edge of a filter may lie on a token."""
+    B = 32 if case.p * case.m < 1000 else 12
     _, draw, logits = made(case, B)
     got = _launch(logits, draw, _summary(logits, draw), threads)
     want = reference(logits, draw)
     same = got.tokens == want.tokens
     name = "draft_greedy" if case.law is None else "draft_sampled"
-    few = 0 if case.law is None else max(1, B // 32)
-    if cast(int, same.sum().item()) < B - few:
+    if cast(int, same.sum().item()) < B - (case.law is not None):
         raise AssertionError(f"{name} differs from the plain reference")
     logprobs = mx.where(same, got.logprobs, want.logprobs)
     backend.expect_close(f"{name}'s logprobs", logprobs, want.logprobs, 1e-4)
