@@ -46,7 +46,7 @@ lint: .venv/lint
 	$(BIN)/mypy
 
 # Of what stands between the package and the versions it allows.
-BOUNDS := head files samplers candidates decoding exact exact_batch embeddings rollback attach_loaded decoder patch generate convert gguf metal_kernels
+BOUNDS := head files samplers candidates decoding exact embeddings rollback attach_loaded decoder patch generate convert gguf metal_kernels
 UV := .venv-uv/bin/uv
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
