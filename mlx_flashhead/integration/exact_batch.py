@@ -199,7 +199,13 @@ def batch_filter(stock: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock)
     def filter(self: Any, keep: list[int]) -> Any:
         settle(self)
+        given = self.samplers, self.logits_processors
         result = stock(self, keep)
+        # Before 0.32, mlx-lm forgets lists in which nobody asks for anything: who joins
+        # next would be given the options of who has left.
+        for name, each in zip(("samplers", "logits_processors"), given, strict=True):
+            if len(getattr(self, name) or ()) > len(self.uids):
+                setattr(self, name, [each[i] for i in keep])
         decoders = _decoders(self)
         for uid in decoders.keys() - set(self.uids):
             del decoders[uid]
