@@ -46,7 +46,7 @@ lint: .venv/lint
 	$(BIN)/mypy
 
 # Of what stands between the package and the versions it allows.
-BOUNDS := head files samplers candidates decoding exact exact_batch embeddings rollback attach_loaded decoder patch generate convert gguf metal_kernels
+BOUNDS := head files samplers candidates decoding exact embeddings rollback attach_loaded decoder patch generate convert gguf metal_kernels
 BOUNDS_newest := vlm
 EXTRA_oldest := test-oldest
 EXTRA_newest := test

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx_lm
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 import mlx_flashhead
@@ -49,7 +50,22 @@ def written(folder: str, way: str) -> dict[str, list]:
         prompts = [tokenizer.encode(text) for text in ("A cat", "1, 2,")[:n]]
         batch = mlx_lm.batch_generate(model, tokenizer, prompts, max_tokens=16)
         found[f"batch of {n}"] = batch.texts
+    found["joined"] = joined(model, tokenizer)
     return found
+
+
+def joined(model, tokenizer) -> list:
+    """Tokens of a sequence with a bias that joins when one without has left."""
+    batch, tokens = BatchGenerator(model), []
+    bias = make_logits_processors({7: 4.0})
+    prompts = [tokenizer.encode(text) for text in ("A cat", "1, 2,")]
+    batch.insert(prompts[:1], max_tokens=[3])
+    for n in range(16):
+        if n == 6:
+            batch.insert(prompts[1:], max_tokens=[8], logits_processors=[bias])
+        tokens += [r.token for r in batch.next()[1]]
+    batch.close()
+    return tokens
 
 
 def main(folder: str) -> None:

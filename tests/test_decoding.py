@@ -16,10 +16,11 @@ import pytest
 import small_models
 from mlx.utils import tree_flatten
 from mlx_flashhead.convert import convert
-from mlx_lm import perplexity, sample_utils, utils
+from mlx_lm import perplexity, utils
 from mlx_lm.models import cache as caches
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from mlx_lm.tuner.utils import linear_to_lora_layers
+from versions import OLD_MLX_LM
 
 from mlx_flashhead import (
     FlashHead,
@@ -277,8 +278,8 @@ def test_batches_with_rows_that_come_and_go(untied_folder, retrieving, counted):
     folder = untied_folder
     texts = []
     options = dict.fromkeys(("return_token_ids", "return_logprobs"), True)
-    if not hasattr(sample_utils, "greedy_sampler"):
-        options = {}  # mlx-lm before 0.32 returns the texts alone
+    if OLD_MLX_LM:
+        options = {}  # it returns the texts alone
     for make in (dense, flash):
         model, tokenizer = make(folder)
         made = mlx_lm.batch_generate(

@@ -18,6 +18,7 @@ import pytest
 from click.testing import CliRunner
 from mlx_flashhead.convert.cli import main as convert_command
 from mlx_lm import utils
+from versions import OLD_MLX_LM
 
 from mlx_flashhead import __version__, demo_model, flash_heads, load
 from mlx_flashhead.__main__ import main as short_command
@@ -138,6 +139,8 @@ def test_generate_takes_a_seed(untied_folder):
 )
 def test_mlx_lms_flags_mean_the_same(untied_folder, words):
     """With the same seed the text is that of mlx-lm's own command."""
+    if OLD_MLX_LM and {"--min-tokens-to-keep", "--prefill-step-size"} & set(words):
+        pytest.skip("mlx-lm before 0.32 fails with the one and lacks the other")
     ours = write(untied_folder, "--seed", 3, "--dense", *words)
     theirs = [str(w) for w in words]
     if words[0] == "--extra-eos-token":
@@ -269,7 +272,7 @@ def test_generate_with_options_that_do_not_fit(untied_folder):
     for more in (("--n-probes", 0), ("--max-tokens", "x"), ("--no-such-option",)):
         assert_one_line(invoke(generate_command, *words, *more), 2)
     for more in (
-        ("--max-tokens", 0),
+        *(() if OLD_MLX_LM else (("--max-tokens", 0),)),  # its generate() fails
         ("--chat-template-config", "{"),
         ("--prompt-cache-file", "missing.safetensors"),
         ("--temp", 1, "--top-p", 0.5, "--min-p", 7),

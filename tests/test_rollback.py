@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_caches
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from versions import OLD_MLX_LM
 
 from mlx_flashhead.integration.rollback import Rollback, supported
 
@@ -194,9 +195,7 @@ SETTINGS = {
     "batch of falcon_h1": Setting("falcon_h1", rows=3),
     "batch of qwen3_next": Setting("qwen3_next", rows=2),
 }
-# Before mlx-lm 0.32 it fails with chunks as small as these, and is not rolled back.
-NO_CHUNKS = not hasattr(mlx_lm_caches.ChunkedKVCache, "keys_and_values")
-if NO_CHUNKS:
+if OLD_MLX_LM:  # it fails with chunks as small as these, and is not rolled back
     del SETTINGS["ChunkedKVCache of llama4"]
 
 
@@ -409,7 +408,7 @@ def test_every_cache_of_mlx_lm_is_supported():
         cache = cls.__new__(cls)
         if cls is mlx_lm_caches.CacheList:
             cache.caches = (KVCache(),)
-        known = cls is not mlx_lm_caches.ChunkedKVCache or not NO_CHUNKS
+        known = cls is not mlx_lm_caches.ChunkedKVCache or not OLD_MLX_LM
         assert supported([KVCache(), cache]) is known, cls
 
 

@@ -209,7 +209,14 @@ def batch_filter(stock: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock)
     def filter(self: Any, keep: list[int]) -> Any:
         settle(self)
+        names = [n for n in ("samplers", "logits_processors") if hasattr(self, n)]
+        given = [getattr(self, name) for name in names]
         result = stock(self, keep)
+        # Before 0.32, mlx-lm forgets lists in which nobody asks for anything: who joins
+        # next would be given the options of who has left.
+        for name, each in zip(names, given, strict=True):
+            if len(getattr(self, name) or ()) > len(self.uids):
+                setattr(self, name, [each[i] for i in keep])
         decoders = decoders_of(self)
         for uid in decoders.keys() - set(self.uids):
             del decoders[uid]

@@ -79,10 +79,11 @@ def trusting(
     """
     if "trust_remote_code" in inspect.signature(stock).parameters:
         return {"trust_remote_code": trust_remote_code}
-    if not trust_remote_code and read_config(folder).get("model_file") is not None:
+    own = None if trust_remote_code else read_config(folder).get("model_file")
+    if own is not None:
         raise FormatError(
-            f"{folder}: the model brings code of its own; trust_remote_code=True "
-            "(--trust-remote-code) lets it run"
+            f"{folder}: the model brings code of its own, {own!r:.80}; "
+            "trust_remote_code=True (--trust-remote-code) lets it run"
         )
     return {}
 
