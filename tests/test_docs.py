@@ -195,6 +195,9 @@ class Place:
         small_vlms.picture(self.things / "photo.png")
         # As if it had been uploaded.
         self._add("you/gemma-3-1b-flash", self.things / "gemma-3-1b-flash")
+        sidecar = self.things / "gemma-3-1b-flashhead"
+        convert(str(sources / "gemma"), sidecar=sidecar, verbose=False)
+        self._add("you/gemma-3-1b-flashhead", sidecar)
         gguf = self.things / "MODEL.gguf"
         write_gguf(gguf, "llama", gguf_tensors("llama", reference_model("llama")))
         convert(gguf_path=str(gguf), mlx_path=self.things / "FOLDER", verbose=False)
@@ -721,10 +724,14 @@ def test_the_file_format_is_as_documented(tied_folder):
         kind = str(tensor.dtype).split(".")[-1]
         fits = mx.issubdtype(tensor.dtype, mx.floating)
         assert dtypes[name] == kind or (dtypes[name] == "floating" and fits), name
-    (table,) = in_section["docs/file-format.md#the-section-of-configjson"].tables
+    (table,) = in_section["docs/file-format.md#the-section"].tables
     keys = {k for row in table[1:] for k in re.findall(r"`(\w+)`", row[0])}
     stored = json.loads((tied_folder / "config.json").read_text())["flashhead"]
     assert keys - {"clusters"} == stored.keys()
+    _, metadata = mx.load(
+        str(tied_folder / "flashhead.safetensors"), return_metadata=True
+    )
+    assert stored.keys() - {"files"} == json.loads(metadata["flashhead"]).keys()
     version = re.search(
         r"This is version (\d+)", (ROOT / "docs/file-format.md").read_text()
     )

@@ -468,6 +468,7 @@ def test_hostile_sections(tied, file, kind):
         ("tail_offset", [float("nan")] * 7),
         ("temperatures", [float("inf")] * 7),
         ("rows", {"bits": 8, "group_size": 31, "mode": "affine"}),
+        ("rows", {"bits": 8, "group_size": 128, "mode": "affine"}),
         ("rows", None),
         ("stored_rows", "no"),
         ("stored_rows", True),
