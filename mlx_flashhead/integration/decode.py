@@ -26,9 +26,9 @@ from ..sampling import (
     Processor,
     Settings,
     draw,
+    drawn_logprobs,
     fits,
     full_logits,
-    of_drawn,
 )
 from .exact import ExactDecoder, Verified
 from .exact_batch import exact_step, leave, options_of
@@ -219,7 +219,7 @@ def generate_step(stock: Step) -> Step:
             for token, _ in steps:
                 latest = drawn.popleft()
                 assert latest is not None  # one position is no prompt
-                yield token, of_drawn(head, latest)[0]
+                yield token, drawn_logprobs(head, latest)[0]
 
     return generate_step
 
@@ -351,7 +351,7 @@ def speculative_generate_step(stock: Step) -> Step:
             lazy.clear()
             if drawn is not None:
                 assert target._head is not None
-                lazy.extend(of_drawn(target._head, drawn))
+                lazy.extend(drawn_logprobs(target._head, drawn))
 
         turn.on_sample = on_sample
         kwargs["sampler"] = turn.sampler
@@ -455,7 +455,7 @@ def _draw_batch(
             key = keys.next(settings)
             drawn = draw(head, settings, states, key, processors, context)
             tokens.append(drawn.tokens)
-            lazy += of_drawn(head, drawn)
+            lazy += drawn_logprobs(head, drawn)
         else:
             logits = full_logits(head, states)
             for processor in request.processors:

@@ -24,7 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..head import prefers_dense
-from ..sampling import Processor, Settings, coupled, draw, fits, of_dense
+from ..sampling import Processor, Settings, coupled, dense_logprobs, draw, fits
 from ..sampling.draw import known_transform
 from .keys import Keys
 from .rollback import Rollback, supported
@@ -284,7 +284,7 @@ class ExactDecoder:
         mx.eval(drawn, drafts)  # all at once: each wait for the device takes its time
         found, drafted = _values(drawn.tokens), _values(drafts)
         certain = _values(drawn.certain)
-        lazy = of_dense(head, logits)
+        lazy = dense_logprobs(head, logits)
         chosen: list[Verified] = []
         for i, token in enumerate(found):
             row = logits[i : i + 1]

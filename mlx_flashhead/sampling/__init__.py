@@ -1,7 +1,7 @@
 """Tokens drawn among a FlashHead's candidates, the whole vocabulary counted."""
 
 from .draw import Drawn, draw, fits, full_logits, logprobs
-from .logprobs import LogProbs, of_dense, of_drawn
+from .lazy import LogProbs, dense_logprobs, drawn_logprobs
 from .settings import Bias, Penalty, Processor, Settings
 
 __all__ = [
@@ -11,10 +11,10 @@ __all__ = [
     "Penalty",
     "Processor",
     "Settings",
+    "dense_logprobs",
     "draw",
+    "drawn_logprobs",
     "fits",
     "full_logits",
     "logprobs",
-    "of_dense",
-    "of_drawn",
 ]

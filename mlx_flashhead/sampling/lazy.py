@@ -96,7 +96,7 @@ class Dense:
         return None
 
 
-def of_dense(head: FlashHead, logits: mx.array) -> list[LogProbs]:
+def dense_logprobs(head: FlashHead, logits: mx.array) -> list[LogProbs]:
     """Log-probabilities of k positions, in the logits' dtype.
 
     Args:
@@ -237,7 +237,7 @@ class Candidates:
         return ids[at], logits[at] - own.log_z
 
 
-def of_drawn(head: FlashHead, drawn: Drawn) -> list[LogProbs]:
+def drawn_logprobs(head: FlashHead, drawn: Drawn) -> list[LogProbs]:
     """Log-probabilities of B sequences, float32, as :func:`logprobs` makes them."""
     whole, steps = logprobs(head, drawn), Steps(head, drawn)
     return [LogProbs(whole[b], Candidates(steps, b)) for b in range(len(whole))]
