@@ -19,7 +19,13 @@ from mlx_flashhead import load, patch_decoding, patched
 from mlx_flashhead.head import Transform
 from mlx_flashhead.integration.decode import _Unread, top_logprobs
 from mlx_flashhead.integration.samplers import read_processors
-from mlx_flashhead.sampling import LogProbs, Settings, draw, of_dense, of_drawn
+from mlx_flashhead.sampling import (
+    LogProbs,
+    Settings,
+    dense_logprobs,
+    draw,
+    drawn_logprobs,
+)
 from mlx_flashhead.sampling.draw import logprobs
 
 V, D = 230, 32
@@ -55,7 +61,7 @@ def test_one_number_is_that_of_all(transform, bias, n_probes):
     # Hot, so that some are drawn in clusters that were not probed.
     drawn = drawn_of(head, 24, temp=4.0)
     wanted = np.array(logprobs(head, drawn))
-    lazy = of_drawn(head, drawn)
+    lazy = drawn_logprobs(head, drawn)
     for row, one in zip(wanted, lazy, strict=True):
         for token in range(0, V, 7):
             assert one[token].item() == pytest.approx(row[token], abs=2e-5)
@@ -91,7 +97,7 @@ def test_one_number_after_logits_processors(given, transform):
         processors = make_logits_processors(**given)
         drawn = drawn_of(head, 1, processors, context, seed=seed)
         wanted = np.array(logprobs(head, drawn))[0]
-        (one,) = of_drawn(head, drawn)
+        (one,) = drawn_logprobs(head, drawn)
         got = [one[token].item() for token in range(V)]
         np.testing.assert_allclose(got, wanted, atol=2e-5)
 
@@ -103,7 +109,7 @@ def test_the_likeliest_are_exact(transform):
     head.transform = transform
     drawn = drawn_of(head, 20)
     dense = transform(head.dense(drawn.states))
-    for b, one in enumerate(of_drawn(head, drawn)):
+    for b, one in enumerate(drawn_logprobs(head, drawn)):
         for n in (1, 5, 11):
             ids, values = one.top(n)
             assert len(set(ids.tolist())) == n and (values[1:] <= values[:-1]).all()
@@ -121,12 +127,12 @@ def test_the_likeliest_are_exact(transform):
 def test_the_servers_likeliest_are_those():
     asked = SimpleNamespace(convert_ids_to_tokens=lambda ids: [f"t{i}" for i in ids])
     format = top_logprobs(lambda *_: "stock")
-    (one,) = of_drawn(*(head := head_of(), drawn_of(head)))
+    (one,) = drawn_logprobs(*(head := head_of(), drawn_of(head)))
     entries = format(one, 4, asked)
     assert [e["token"] for e in entries] == [f"t{e['id']}" for e in entries]
     assert [e["logprob"] for e in entries] == one.top(4)[1].tolist()
     assert format(one, 0, asked) == format(one + 0, 4, asked) == "stock"
-    assert format(of_dense(head, mx.zeros((1, V)))[0], 4, asked) == "stock"
+    assert format(dense_logprobs(head, mx.zeros((1, V)))[0], 4, asked) == "stock"
 
 
 def test_the_server_is_patched_once_it_is_there(untied_folder):
@@ -152,7 +158,7 @@ def test_of_all_logits(dtype):
     logits = mx.array(3 * random_states(4, V, 5)).astype(dtype)
     logits_by_id = logits[:, head.positions]
     wanted = logits_by_id - mx.logsumexp(logits_by_id, axis=-1, keepdims=True)
-    for row, one in zip(wanted, of_dense(head, logits), strict=True):
+    for row, one in zip(wanted, dense_logprobs(head, logits), strict=True):
         got = mx.stack([one[token] for token in range(V)])
         assert got.dtype == one.dtype == dtype
         assert mx.array_equal(got, one).item()
@@ -165,7 +171,7 @@ def test_of_all_logits(dtype):
 
 def both():
     drawn = drawn_of(head := head_of())
-    return of_drawn(head, drawn)[0], logprobs(head, drawn)[0]
+    return drawn_logprobs(head, drawn)[0], logprobs(head, drawn)[0]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from ..head import prefers_dense
-from ..sampling import Processor, Settings, coupled, draw, fits, of_dense
+from ..sampling import Processor, Settings, coupled, dense_logprobs, draw, fits
 from ..sampling.draw import known_transform
 from .grammar import Processors
 from .keys import Keys
@@ -353,7 +353,7 @@ class ExactDecoder:
             # All at once: each wait for the device takes its time.
             mx.eval(drawn, drafts)
             found, certain = _values(drawn.tokens), _values(drawn.certain)
-            lazy = of_dense(head, logits)
+            lazy = dense_logprobs(head, logits)
         drafted = _values(drafts)
         chosen: list[Verified] = []
         for i in range(n):

@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..head import FlashHead
-from ..sampling import Settings, coupled, of_dense
+from ..sampling import Settings, coupled, dense_logprobs
 from ..sampling.draw import known_transform
 from ..sampling.masks import allowed
 from .exact import ExactDecoder, LogitsProcessor, Sampler
@@ -162,7 +162,7 @@ def _choose(
                 own = coupled.process(head, decoder.readable, context, own)
             keys = mx.stack([decoders[i].key for i in rows])
             drawn = _draw(head, decoder.settings, own, keys)
-            lazy = [*of_dense(head, own)]
+            lazy = [*dense_logprobs(head, own)]
         choices.update(zip(rows, zip(_rows(drawn), lazy, strict=True), strict=True))
     return [choices[i] for i in range(len(decoders))]
 

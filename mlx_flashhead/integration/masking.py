@@ -8,7 +8,7 @@ from typing import cast
 import mlx.core as mx
 
 from ..head import FlashHead
-from ..sampling import Drawn, Processor, Settings, draw, masked, of_drawn
+from ..sampling import Drawn, Processor, Settings, draw, drawn_logprobs, masked
 from ..sampling.masks import Allowed, TokenMask, allowed
 from .slots import FlashLinear
 
@@ -38,7 +38,7 @@ def log_probabilities(
     """Those of the whole vocabulary, ``[V]``, for each of B states."""
     if isinstance(drawn, masked.Choice):
         return [drawn.logprobs()[0]]
-    return of_drawn(head, drawn)
+    return drawn_logprobs(head, drawn)
 
 
 def values(tokens: mx.array) -> list[int]:

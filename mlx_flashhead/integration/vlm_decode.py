@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
 from ..head import FlashHead, prefers_dense
-from ..sampling import Drawn, Processor, Settings, Tempered, draw, fits, of_drawn
+from ..sampling import Drawn, Processor, Settings, Tempered, draw, drawn_logprobs, fits
 from . import exact_batch
 from .decode import Step, batch_draw, slot_of
 from .exact import ExactDecoder, LogitsProcessor, Sampler, Verified
@@ -271,7 +271,7 @@ class _Drawing(_StandIn):
         return self._drawn[-1].tokens
 
     def logprobs(self, token: int) -> mx.array:
-        return of_drawn(self._head, self._drawn.popleft())[0]
+        return drawn_logprobs(self._head, self._drawn.popleft())[0]
 
 
 class _Exact(_StandIn):

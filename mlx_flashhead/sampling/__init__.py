@@ -1,7 +1,7 @@
 """Tokens drawn among a FlashHead's candidates, the whole vocabulary counted."""
 
 from .draw import Drawn, draw, fits, full_logits, logprobs, split
-from .logprobs import LogProbs, of_dense, of_drawn
+from .lazy import LogProbs, dense_logprobs, drawn_logprobs
 from .settings import Bias, Penalty, Processor, Settings, Tempered
 
 __all__ = [
@@ -12,11 +12,11 @@ __all__ = [
     "Processor",
     "Settings",
     "Tempered",
+    "dense_logprobs",
     "draw",
+    "drawn_logprobs",
     "fits",
     "full_logits",
     "logprobs",
-    "of_dense",
-    "of_drawn",
     "split",
 ]

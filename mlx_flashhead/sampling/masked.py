@@ -189,15 +189,16 @@ def _retrieve(
     context: Sequence[int],
 ) -> Choice:
     masked: Any = _MaskedHead(head, allowed)
-    temperatures = (1.0 if settings.greedy else settings.temp, 1.0)
-    weights = (masked.log_weights(t) for t in temperatures)
+    heated, at_one = (
+        masked.log_weights(t) for t in (1.0 if settings.greedy else settings.temp, 1.0)
+    )
     edits = None
     if processors:
         so_far = mx.array(list(context), mx.uint32) if context else None
         ids, edited = processing.apply(head, processors, so_far, h)
         may_come = allowed.clustered[head.positions[ids]]
         edits = ids, mx.where(may_come, edited, -mx.inf)
-    tokens, _, *scored = _draw(masked, settings, h, key, *weights, edits)
+    tokens, _, *scored = _draw(masked, settings, h, key, heated, at_one, edits)
     return Choice(tokens, partial(_logprobs, masked, h, tokens, scored, edits))
 
 

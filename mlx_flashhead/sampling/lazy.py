@@ -96,7 +96,7 @@ class Dense:
         return None
 
 
-def of_dense(head: FlashHead, logits: mx.array) -> list[LogProbs]:
+def dense_logprobs(head: FlashHead, logits: mx.array) -> list[LogProbs]:
     """Log-probabilities of k positions, in the logits' dtype.
 
     Args:
@@ -121,7 +121,7 @@ def _log_softmax(head: FlashHead, row: mx.array, log_z: mx.array) -> mx.array:
 
 
 class Scored(NamedTuple):
-    """What decode steps know of the model's logits.
+    """What a decode step knows of the model's logits.
 
     Attributes:
         clusters: Those with exact logits, that of the drawn token first, uint32
@@ -175,8 +175,8 @@ def _transformed(transform: Transform, logits: mx.array) -> mx.array:
     return mx.where(logits > -mx.inf, transform(logits), -mx.inf)
 
 
-class Steps:
-    """Decode steps of B sequences, whose tokens were drawn among candidates."""
+class Decoded:
+    """A step of B sequences, whose tokens were drawn among candidates."""
 
     def __init__(self, head: FlashHead, drawn: Drawn):
         self.head, self._drawn = head, drawn
@@ -213,19 +213,19 @@ class Steps:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Sequence b of some steps."""
+    """Sequence b of a step."""
 
-    steps: Steps
+    decoded: Decoded
     b: int
 
     @property
     def _own(self) -> Scored:
-        return Scored(*(a[self.b] for a in self.steps.scored))
+        return Scored(*(a[self.b] for a in self.decoded.scored))
 
     def of(self, token: int) -> mx.array:
-        if self.steps.tokens[self.b : self.b + 1] == [token]:
-            return self.steps.logprob[self.b]
-        head, own = self.steps.head, self._own
+        if self.decoded.tokens[self.b : self.b + 1] == [token]:
+            return self.decoded.logprob[self.b]
+        head, own = self.decoded.head, self._own
         cluster, row = mx.divmod(head.positions[token], head.cluster_size)
         found = own.clusters == cluster
         at = mx.argmax(found)
@@ -233,7 +233,7 @@ class Candidates:
         return mx.where(found.any(), exact, own.estimates[cluster]) - own.log_z
 
     def top(self, n: int) -> tuple[mx.array, mx.array]:
-        head, own = self.steps.head, self._own
+        head, own = self.decoded.head, self._own
         # Exact ones: the likeliest of the other clusters are scored, too.
         n_more = min(n, head.n_clusters)
         more = mx.argpartition(-own.estimates, kth=n_more - 1)[:n_more]
@@ -241,7 +241,7 @@ class Candidates:
         # Where all are scored already, these stand twice.
         further = mx.where(
             own.estimates[more, None] > -mx.inf,
-            self.steps.score(self.b, more),
+            self.decoded.score(self.b, more),
             -mx.inf,
         )
         ids = head.token_ids[mx.concatenate([own.clusters, more])].reshape(-1)
@@ -251,7 +251,7 @@ class Candidates:
         return ids[at], logits[at] - own.log_z
 
 
-def of_drawn(head: FlashHead, drawn: Drawn) -> list[LogProbs]:
+def drawn_logprobs(head: FlashHead, drawn: Drawn) -> list[LogProbs]:
     """Log-probabilities of B sequences, float32, as :func:`logprobs` makes them."""
-    whole, steps = logprobs(head, drawn), Steps(head, drawn)
-    return [LogProbs(whole[b], Candidates(steps, b)) for b in range(len(whole))]
+    whole, decoded = logprobs(head, drawn), Decoded(head, drawn)
+    return [LogProbs(whole[b], Candidates(decoded, b)) for b in range(len(whole))]
