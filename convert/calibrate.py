@@ -22,8 +22,8 @@ from .clustering import Clustering
 from .progress import Progress, silent
 from .statistics import TEMPERATURES, Statistics
 
-# States on which the tail offset is fitted.
-N_TAIL = 384
+# The tail offset is fitted on one in this many of the states of the mean masses.
+TAIL_STRIDE = 3
 
 
 def calibrate(
@@ -60,8 +60,7 @@ def calibrate(
         spread = np.zeros_like(spread)
     spread[: clustering.n_always] = ALWAYS
     head = _with(head, spread, excess, (0.0,) * len(TEMPERATURES))
-    states = statistics.some
-    states = states[:: -(-len(states) // N_TAIL)]
+    states = statistics.some[::TAIL_STRIDE]
     offsets = _tail_offsets(head, clustering, weight, states, bias, progress)
     return _with(head, spread, excess, offsets)
 
