@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_flashhead.compute.table import Table
+from mlx_flashhead.compute.table import Table, repack
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.head.transform import Transform
 
@@ -31,7 +31,8 @@ def pack(
     Args:
         clustering: Which tokens stand together.
         table: The model's head as it is stored, ``[V, D]``. If its bits are the ones
-          asked for, its packed rows are only put in another order.
+          asked for, its packed rows are only put in another order; those of a mode
+          other than affine keep its groups.
         weight: The same, float32.
         centroids: Centroid of each cluster, float32 ``[C, D]``.
         bias: The head's bias, ``[V]``.
@@ -47,23 +48,19 @@ def pack(
     source = np.where(clustering.token_ids < len(weight), clustering.token_ids, 0)
     index = mx.array(source.astype(np.uint32))
     dtype = table.dtype
-    half = dtype if dtype.size == 2 else mx.bfloat16
-    kinds = {16: half, 32: mx.float32}
     same = table.bits == head_bits == 8 * table.weight.dtype.size or (
-        table.quantized and (table.bits, table.group_size) == (head_bits, group_size)
+        table.quantized
+        and table.bits == head_bits
+        and (table.mode != "affine" or table.group_size == group_size)
     )
     rows = table if exact is None else exact
     if exact is None and not same:
-        dense = mx.array(weight).astype(kinds.get(head_bits, _scales(dtype, weight)))
-        rows = Table.from_dense(dense, head_bits, group_size)
+        largest = float(np.abs(weight).max())
+        rows = repack(mx.array(weight), dtype, head_bits, group_size, largest)
     rows = rows.map(lambda a: a[index])
     return FlashHead(
         rows,
-        Table.from_dense(
-            mx.array(centroids).astype(kinds.get(centroid_bits, dtype)),
-            centroid_bits,
-            group_size,
-        ),
+        repack(mx.array(centroids), dtype, centroid_bits, group_size),
         mx.array(clustering.token_ids.astype(np.uint32)),
         len(weight),
         spread=mx.zeros(c),
@@ -72,9 +69,3 @@ def pack(
         bias=None if bias is None else mx.array(bias[source]).astype(dtype),
         transform=transform,
     )
-
-
-def _scales(dtype: mx.Dtype, weight: np.ndarray) -> mx.Dtype:
-    """Dtype of the scales of quantized rows. bfloat16 is too coarse for 8 bits: it
-    costs more agreement with the unquantized head than the rounding of the weights."""
-    return mx.float16 if dtype == mx.bfloat16 and np.abs(weight).max() < 6e4 else dtype

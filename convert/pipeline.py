@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from mlx_flashhead.evaluation.drafts import bytes_per_token
 from mlx_flashhead.evaluation.fidelity import measure, n_blocks
 from mlx_flashhead.folder import format as layout
 from mlx_flashhead.folder import integrity
-from mlx_flashhead.folder.section import CONFIG_KEY, Draft, Measured
+from mlx_flashhead.folder.section import CONFIG_KEY, HEAD_FILE, Measured
 from mlx_flashhead.head import FlashHead, default_n_probes
 from mlx_flashhead.head.transform import Transform
 from mlx_flashhead.integration.locate import (
@@ -34,25 +33,34 @@ from mlx_flashhead.integration.locate import (
     head_table,
 )
 
-from . import calibrate, centroids, clustering, collect, drafting, pack, publish
+from . import (
+    calibrate,
+    centroids,
+    clustering,
+    collect,
+    drafting,
+    pack,
+    publish,
+    statistics,
+)
 from .progress import Progress, bars, silent
 from .published import pack_clusters, read_clusters
 from .recipes import (
+    FULL,
+    QUICK,
     RECIPES,
     SMALL_VOCABULARY,
+    Effort,
     Recipe,
     always_tokens,
     default_group_size,
 )
+from .report import Report, report_of
 from .source import Source, open_gguf, open_hf
-from .staging import check_space, staged, writing
+from .staging import check_space, is_file, staged, writing
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
-# Held-out states that the report is about, at most.
-N_REPORT = 1024
-# States by which the draft of exact decoding is chosen, at most.
-N_DRAFTS = 1024
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
 
@@ -60,85 +68,12 @@ class ConvertError(ValueError):
     """The options do not fit each other or the model."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a conversion gave.
-
-    Attributes:
-        path: The folder.
-        vocab_size, hidden_size, n_clusters, cluster_size, n_probes: Sizes.
-        head_bits, centroid_bits: Bits of the FlashHead's rows and centroids.
-        dense_bits: Bits of the rows that decide in exact decoding, and with the dense
-            head: the plain model's, or the FlashHead's own.
-        dense_bytes: Head bytes that a decoded token reads with the dense head.
-        flash_bytes: The same with the FlashHead, approximate.
-        exact_bytes: The same in exact decoding, for each token that is kept.
-        draft_probes, verify_every: Clusters probed for a draft, and tokens verified at
-            once, in exact decoding.
-        acceptance: Share of drafted tokens that is expected to stand, greedy.
-        rows_read: Share of the vocabulary's rows read per token, centroids included.
-        recall: Share of held-out states whose best token is probed.
-        agreement: Share on which the FlashHead's best token is the dense head's.
-        kl: Mean KL(dense || FlashHead) over the whole vocabulary, nats per token.
-        held_out_tokens: Number of held-out states.
-        seconds: Time taken, without the upload.
-        url: Address of the upload.
-    """
-
-    path: str
-    vocab_size: int
-    hidden_size: int
-    n_clusters: int
-    cluster_size: int
-    n_probes: int
-    head_bits: int
-    centroid_bits: int
-    dense_bits: int
-    dense_bytes: int
-    flash_bytes: int
-    exact_bytes: int
-    draft_probes: int
-    verify_every: int
-    acceptance: float
-    rows_read: float
-    recall: float
-    agreement: float
-    kl: float
-    held_out_tokens: int
-    seconds: float
-    url: str | None = None
-
-    def __str__(self) -> str:
-        return "\n".join(
-            [
-                f"Vocabulary    {self.vocab_size:,} tokens x {self.hidden_size}, in "
-                f"{self.n_clusters:,} clusters of {self.cluster_size}; "
-                f"{self.n_probes:,} probed",
-                f"Read a token  dense {self.dense_bits}-bit "
-                f"{self.dense_bytes / 1e6:.1f} MB; exact "
-                f"{self.exact_bytes / 1e6:.1f} MB; approximate "
-                f"{self.flash_bytes / 1e6:.1f} MB ({self.head_bits}-bit rows, "
-                f"{self.centroid_bits}-bit centroids)",
-                f"Exact         {self.draft_probes:,} probed for a draft, "
-                f"{self.verify_every} verified at once; "
-                f"{100 * self.acceptance:.2f} % of drafts expected to stand",
-                f"Held-out text {self.held_out_tokens:,} tokens: recall "
-                f"{100 * self.recall:.2f} %, same best token "
-                f"{100 * self.agreement:.2f} %, KL {self.kl:.4f} nats",
-                f"Took          {self.seconds:.0f} s",
-                f"Folder        {self.path}",
-                *([f"Uploaded      {self.url}"] if self.url else []),
-                "Try           python -m mlx_flashhead.generate --model "
-                f'{self.path} --prompt "Once upon a time"',
-            ]
-        )
-
-
 def convert(
     hf_path: str | None = None,
-    mlx_path: str | Path = "mlx_model",
+    mlx_path: str | Path | None = None,
     *,
     gguf_path: str | None = None,
+    sidecar: str | Path | None = None,
     quantize: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
@@ -154,17 +89,24 @@ def convert(
     calibration_data: str | Path | None = None,
     seed: int = 0,
     recipe: str = "default",
+    quick: bool = False,
     clusters: str | Path | None = None,
     overwrite: bool = False,
     upload_repo: str | None = None,
     verbose: bool = True,
 ) -> Report:
-    """Convert a model into an mlx-lm folder with a FlashHead.
+    """Convert a model into an mlx-lm folder with a FlashHead, or make its FlashHead
+    alone.
 
     Args:
         hf_path: Hugging Face id or local folder, of whatever mlx-lm loads.
-        mlx_path: The folder to make. It must not exist, but for ``overwrite``.
+        mlx_path: The folder to make, by default ``mlx_model``. It must not exist, but
+            for ``overwrite``.
         gguf_path: A GGUF file, instead of ``hf_path``.
+        sidecar: Instead of a folder at ``mlx_path``, the FlashHead alone, for this
+            model as mlx-lm loads it; of a GGUF file, for the folder that is made of it
+            without this. A file where the name ends in ``.safetensors``, else a folder
+            with that file and a model card. It stores no rows.
         quantize, q_bits, q_group_size, q_mode, dtype, revision, trust_remote_code:
             As in ``mlx_lm.convert``, but quantization is the body's only.
         head_bits: Bits of the head's rows: 16 or MLX's. Default: those of a head that
@@ -181,10 +123,13 @@ def convert(
         seed: Seed of the clustering. The same seed gives the same result.
         recipe: ``"default"``, or ``"paper"``: spherical k-means, unit centroids and no
             spread term, as in arXiv 2603.14591.
+        quick: Look at a quarter of the calibration text and answers, and cluster in
+            one round: see docs/commands.md for what that costs.
         clusters: Folder or Hugging Face id of published clusters of this model, in the
             layout of :mod:`mlx_flashhead.convert.clusters`, instead of clustering here.
-        overwrite: Replace a model's folder at ``mlx_path``, once the new one is whole.
-        upload_repo: Hugging Face id to upload the folder to when it is done.
+        overwrite: Replace a model's folder at ``mlx_path``, or a sidecar at
+            ``sidecar``, once the new one is whole.
+        upload_repo: Hugging Face id to upload the result to when it is done.
         verbose: Show progress.
 
     Returns:
@@ -212,34 +157,38 @@ def convert(
             raise ConvertError(f"{flag} {value} is not one of {choices}")
     if not 2 <= cluster_size <= 128:
         raise ConvertError(f"--cluster-size must be from 2 to 128, not {cluster_size}")
-    target = Path(mlx_path)
+    _check_sidecar(sidecar, mlx_path, quantize, hf_path and dtype, upload_repo)
+    target = Path(sidecar or mlx_path or "mlx_model")
     if overwrite and _is_within(hf_path or gguf_path, target):
         raise ConvertError(f"--overwrite: {target} has the model that is converted")
     if upload_repo is not None:
         publish.check_upload(upload_repo)
     documents = collect.read_documents(calibration_data)
+    effort = QUICK if quick else FULL
     progress = bars if verbose else silent
-    with staged(target, overwrite) as (result, workspace):
+    alone = sidecar is not None
+    with staged(target, overwrite, alone) as (result, workspace):
         with progress("Opening the model", 1) as step:
             if gguf_path is not None:
                 source = open_gguf(gguf_path, workspace, dtype)
             else:
                 assert hf_path is not None
-                source = open_hf(hf_path, revision, trust_remote_code)
-            model, tokenizer, config = source.load(dtype)
+                source = open_hf(hf_path, revision, trust_remote_code, plain=not alone)
+            model, tokenizer, config = source.load(dtype, as_is=alone)
             step()
         path = find_head(model)
         transform = find_transform(model, path)
         module = get_module(model, path)
         table = head_table(module)
-        rows = source.exact_rows()
+        # A sidecar stores none, and its model has those of its own.
+        rows = None if alone else source.exact_rows()
         weight_of = table if rows is None else rows
         if quantize or head_bits not in (None, 8) or group_size not in (None, 32):
             rows = None
         bits, group_size = _head_format(
             table if rows is None else rows, head_bits, centroid_bits, group_size
         )
-        check_space(result, _estimated_bytes(model, table))
+        check_space(result, _estimated_bytes(None if alone else model, table))
         owner = None
         if clusters is not None:
             owner = read_clusters(
@@ -247,7 +196,7 @@ def convert(
             )
 
         _check_finite(table, path)
-        states = _states(source, tokenizer, path, documents, progress)
+        states = _states(source, tokenizer, path, documents, effort, progress)
         weight = np.array(weight_of.dequantize(mx.float32))
         del weight_of
         bias = _bias(module)
@@ -273,10 +222,18 @@ def convert(
             transform=transform,
             owner=owner,
             exact=rows,
+            effort=effort,
             progress=progress,
         )
-        typical = states.typical(N_DRAFTS)
-        with progress("Choosing the draft", n_blocks(head, len(typical))) as step:
+        search = drafting.Search(head)
+        held_out = states.reported(effort.n_reported)
+        answers = states.answers(effort.n_drafted)
+        with progress("Measuring", n_blocks(head, len(held_out))) as step:
+            fidelity = measure(
+                head, weight, held_out, bias=bias, step=step, watch=search.look
+            )
+        with progress("Choosing the draft", n_blocks(head, len(answers))) as step:
+            search.read(weight, answers, bias, step)
             # Rows that are the source's own where the model's are rounded decide, or
             # the user's own choice of bits, or else the model's rows.
             chosen = head_bits is not None and head.rows.bits != table.bits
@@ -284,14 +241,11 @@ def convert(
             verifying = head.rows if stored else table
             draft = drafting.choose(
                 head,
-                drafting.search(head, weight, typical, bias, step),
+                search.found(),
                 verifying.nbytes,
                 _nbytes(model) - table.nbytes,
                 "stored" if stored else "model",
             )
-        held_out = states.held_out[:: -(-len(states.held_out) // N_REPORT)]
-        with progress("Measuring", n_blocks(head, len(held_out))) as step:
-            fidelity = measure(head, weight, held_out, bias=bias, step=step)
         del weight
         measured = Measured(
             recall=float(fidelity.recall.mean()),
@@ -300,26 +254,40 @@ def convert(
             held_out_tokens=len(held_out),
         )
         with progress("Writing", 2) as step, writing(target):
-            layout.save_head(result, head)
-            step()
+            as_stored = layout.form_of(head.rows) == layout.form_of(table)
             section = layout.describe(
                 head,
                 path,
                 layout.table_sha256(table),
+                stored_rows=not alone and not as_stored,
                 recipe=recipe,
                 seed=seed,
-                calibration=Path(calibration_data or "built-in").name,
+                calibration=Path(calibration_data or "built-in").name
+                + (", quick" if quick else ""),
                 measured=measured,
                 clusters=None if clusters is None else _named(clusters),
                 draft=draft,
             )
+            section = layout.save_head(result / HEAD_FILE, head, section)
+            step()
             exact = bytes_per_token(head, verifying.nbytes, draft)
-            report = _report(
-                target, head, verifying, measured, draft, int(exact), start
+            report = report_of(
+                target,
+                head,
+                verifying,
+                measured,
+                draft,
+                int(exact),
+                start,
+                (hf_path or "FOLDER") if alone else None,
             )
-            config.pop(CONFIG_KEY, None)
-            utils.save(result, source.folder, model, tokenizer, config)
-            for file in [*integrity.weight_files(result), result / layout.HEAD_FILE]:
+            if not alone:
+                config.pop(CONFIG_KEY, None)
+                if source.multimodal and not quantize and dtype is None:
+                    source.copy(result)
+                else:
+                    utils.save(result, source.folder, model, tokenizer, config)
+            for file in [*integrity.weight_files(result), result / HEAD_FILE]:
                 integrity.check_safetensors(file)
             publish.write_card(
                 result,
@@ -328,15 +296,42 @@ def convert(
                 report,
                 base=hf_path if source.folder != Path(source.name) else None,
                 source=source.folder,
+                alone=alone,
             )
-            layout.seal(result, section, integrity.weight_files(result))
+            if not alone:
+                layout.seal(result, section, integrity.weight_files(result))
             step()
         result.chmod(0o755)
     if upload_repo is not None:
         with progress("Uploading", 1) as step:
-            report = replace(report, url=publish.upload(target, upload_repo))
+            url = publish.upload(target, upload_repo, alone)
+            report = replace(report, url=url)
             step()
     return report
+
+
+def _check_sidecar(
+    sidecar: str | Path | None,
+    mlx_path: str | Path | None,
+    quantize: bool,
+    dtype: str | None,
+    upload_repo: str | None,
+) -> None:
+    """Raise ConvertError for what does not fit a sidecar, which is for a model as it
+    is."""
+    if sidecar is None:
+        return
+    for flag, given in (("--mlx-path", mlx_path), ("-q", quantize), ("--dtype", dtype)):
+        if given:
+            raise ConvertError(
+                f"{flag} does not go with --sidecar, which is for a model as it is; "
+                "leave one of them out"
+            )
+    if upload_repo is not None and is_file(Path(sidecar), True):
+        raise ConvertError(
+            f"--upload-repo takes a folder with a model card: --sidecar {sidecar} "
+            "without .safetensors"
+        )
 
 
 def _named(clusters: str | Path) -> str:
@@ -365,6 +360,7 @@ def build_head(
     transform: Transform | None = Transform(),
     owner: np.ndarray | None = None,
     exact: Table | None = None,
+    effort: Effort = FULL,
     progress: Progress = silent,
 ) -> FlashHead:
     """Cluster, pack and calibrate a head.
@@ -381,6 +377,7 @@ def build_head(
         transform: What the model does to its logits; ``None`` if that is not known.
         owner: Cluster of each token, int64 ``[V]``, where that is given.
         exact: The rows as they are to be stored, ``[V, D]``, whatever ``table`` is.
+        effort: How much is looked at.
         progress: Shows the stages.
 
     Raises:
@@ -405,7 +402,12 @@ def build_head(
             n_probes += -(-len(always) // cluster_size)
     if owner is None:
         clusters = clustering.cluster(
-            directions, cluster_size, always=always, seed=seed, progress=progress
+            directions,
+            cluster_size,
+            always=always,
+            seed=seed,
+            n_rounds=effort.n_rounds,
+            progress=progress,
         )
     else:
         clusters = pack_clusters(
@@ -417,11 +419,17 @@ def build_head(
             progress=progress,
         )
     del directions
-    if recipe.fitted_centroids:
-        rows = centroids.fitted_centroids(
-            clusters, weight, states.fit, bias=bias, progress=progress
-        )
-    else:
+    found = statistics.gather(
+        clusters,
+        weight,
+        states.fit,
+        bias=bias,
+        transform=transform,
+        n_mass=effort.n_mass,
+        progress=progress,
+    )
+    rows = found.fitted
+    if not recipe.fitted_centroids:
         rows = centroids.unit_centroids(clusters, weight)
     with progress("Packing", 1) as step:
         head = pack.pack(
@@ -443,7 +451,7 @@ def build_head(
         head,
         clusters,
         weight,
-        states.fit,
+        found,
         bias=bias,
         use_spread=recipe.spread,
         progress=progress,
@@ -453,17 +461,14 @@ def build_head(
 def _head_format(
     table: Table, head_bits: int | None, centroid_bits: int, group_size: int | None
 ) -> tuple[int, int]:
-    """Bits and group size of the rows; the source's where nothing else is asked."""
-    if table.quantized and table.mode != "affine":
-        raise ConvertError(
-            f"the head is quantized with mode {table.mode!r}; dequantize the model "
-            "first (mlx_lm.convert -d)"
-        )
+    """Bits and group size of the rows; the source's where nothing else is asked. The
+    group size is that of centroids alone where the rows keep a mode of their own."""
     keep = table.quantized and head_bits in (None, table.bits)
     bits = head_bits or (table.bits if table.quantized else 8)
     d = table.hidden_size
     if group_size is None:
-        group_size = table.group_size if keep else default_group_size(d)
+        affine = keep and table.mode == "affine"
+        group_size = table.group_size if affine else default_group_size(d)
     if d % group_size and min(bits, centroid_bits) < 16:
         fits = [g for g in GROUP_SIZES if d % g == 0]
         hint = f"use {' or '.join(map(str, fits))}"
@@ -481,6 +486,7 @@ def _states(
     tokenizer: TokenizerWrapper,
     path: str,
     documents: list[str],
+    effort: Effort,
     progress: Progress,
 ) -> collect.States:
     """Calibration states; the model that makes them is in memory only here.
@@ -490,7 +496,7 @@ def _states(
     """
     model = source.load_for_calibration()
     try:
-        return collect.collect(model, tokenizer, path, documents, progress=progress)
+        return collect.collect(model, tokenizer, path, documents, effort, progress)
     except (ValueError, MemoryError):
         raise
     # Whatever the code of a model raises.
@@ -550,8 +556,10 @@ def _quantize_body(
         raise ConvertError(f"-q: {e}") from e
 
 
-def _estimated_bytes(model: nn.Module, table: Table) -> int:
-    """Disk space that a converted model may need."""
+def _estimated_bytes(model: nn.Module | None, table: Table) -> int:
+    """Disk space that a converted model, or its FlashHead alone, may need."""
+    if model is None:
+        return int(0.1 * table.nbytes) + (16 << 20)
     return int(_nbytes(model) + 1.2 * table.nbytes) + (64 << 20)
 
 
@@ -559,39 +567,3 @@ def _nbytes(model: nn.Module) -> int:
     """Bytes of a model's parameters."""
     parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     return sum(a.nbytes for a in parameters.values())
-
-
-def _report(
-    target: Path,
-    head: FlashHead,
-    verifying: Table,
-    measured: Measured,
-    draft: Draft,
-    exact_bytes: int,
-    start: float,
-) -> Report:
-    return Report(
-        path=str(target),
-        vocab_size=head.vocab_size,
-        hidden_size=head.hidden_size,
-        n_clusters=head.n_clusters,
-        cluster_size=head.cluster_size,
-        n_probes=head.n_probes,
-        head_bits=head.rows.bits,
-        centroid_bits=head.centroids.bits,
-        dense_bits=verifying.bits,
-        dense_bytes=verifying.nbytes,
-        flash_bytes=head.bytes_read(),
-        exact_bytes=exact_bytes,
-        draft_probes=draft.n_probes,
-        verify_every=draft.verify_every,
-        acceptance=draft.acceptance,
-        rows_read=head.rows_read() / head.vocab_size,
-        seconds=time.perf_counter() - start,
-        **asdict(measured),
-    )
-
-
-def report_json(report: Report) -> str:
-    """A report as a JSON object, its attributes by their names."""
-    return json.dumps(asdict(report), indent=2)

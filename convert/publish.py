@@ -21,7 +21,10 @@ _INHERITED = ("license", "license_name", "license_link", "language", "base_model
 # Files that have to go along with a copy.
 _NOTICES = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 
-_TEXT = """
+# What mlx-lm would load of an older version.
+_OLD_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+
+_WITH_MODEL = """
 # {name}
 
 {origin}, with a [FlashHead](https://arxiv.org/abs/2603.14591) for
@@ -50,7 +53,31 @@ print(generate(model, tokenizer, prompt="Once upon a time"))
 pip install mlx-lm
 mlx_lm.generate --model {name} --prompt "Once upon a time"
 ```
+"""
 
+_ALONE = """
+# {name}
+
+A [FlashHead](https://arxiv.org/abs/2603.14591) for {origin} in
+[MLX](https://github.com/ml-explore/mlx): what a retrieval head needs beside the model,
+made without training by mlx-flashhead {version}. It has no weights of the model: these
+come from where they are, unchanged, and a model whose head has other rows is refused.
+
+```bash
+pip install mlx-flashhead
+mlx_flashhead.generate --model {base} --flashhead {name} --prompt "Once upon a time"
+```
+
+```python
+from mlx_flashhead import load
+from mlx_lm import generate
+
+model, tokenizer = load("{base}", flashhead="{name}")
+print(generate(model, tokenizer, prompt="Once upon a time"))
+```
+"""
+
+_FIGURES = """
 ## Fidelity
 
 Measured at conversion on {held_out_tokens:,} tokens of text held out from the
@@ -101,8 +128,10 @@ def write_card(
     *,
     base: str | None = None,
     source: Path | None = None,
+    alone: bool = False,
 ) -> None:
-    """Write a converted folder's README.md, and copy the licences of its source.
+    """Write the README.md of a converted folder or a sidecar, and copy the licences of
+    the weights that are in it.
 
     Args:
         folder: The folder. The card that mlx-lm wrote there goes.
@@ -111,19 +140,20 @@ def write_card(
         report: What :func:`mlx_flashhead.convert.convert` reports.
         base: Hugging Face id of the model that was converted.
         source: Its folder, whose card's licence and base model are inherited.
+        alone: Whether it is a sidecar. It has no weights, and inherits nothing.
     """
     inherited: dict[str, Any] = {}
     # Cards are anyone's; one that is missing or cannot be read has nothing to inherit.
     card = source / "README.md" if source else None
     for card_of in (card if card and card.is_file() else None, base):
-        if card_of is not None and "license" not in inherited:
+        if card_of is not None and "license" not in inherited and not alone:
             with contextlib.suppress(Exception):
                 data = ModelCard.load(card_of).data.to_dict()
                 inherited |= {k: data[k] for k in _INHERITED if data.get(k)}
     if base is not None:
         inherited["base_model"] = base
     for pattern in _NOTICES:
-        for file in source.glob(pattern) if source else ():
+        for file in source.glob(pattern) if source and not alone else ():
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
     if not inherited.get("license") and inherited.get("license_name"):
@@ -138,9 +168,11 @@ def write_card(
     bases = [bases] if isinstance(bases, str) else bases or []
     origin = ", ".join(f"[{b}](https://huggingface.co/{b})" for b in bases)
     assert section.measured is not None  # by the converter
-    text = _TEXT.format(
+    unnamed = "a language model" if alone else "A language model"
+    text = (f"{_ALONE if alone else _WITH_MODEL}{_FIGURES}").format(
         name=name,
-        origin=origin or "A language model",
+        base=bases[0] if bases else "MODEL",
+        origin=origin or unnamed,
         version=__version__,
         flash_mb=report.flash_bytes / 1e6,
         dense_mb=report.dense_bytes / 1e6,
@@ -179,9 +211,10 @@ def check_upload(repo: str) -> None:
         ) from e
 
 
-def upload(folder: Path, repo: str) -> str:
-    """Upload a converted folder in one commit, and give its address. Weight files of
-    an older version go: mlx-lm would load them, too.
+def upload(folder: Path, repo: str, alone: bool = False) -> str:
+    """Upload a converted folder or a sidecar in one commit, and give its address.
+    Weight files of an older version go, as mlx-lm would load them, too; but a sidecar
+    ``alone`` leaves what is beside it.
 
     Raises:
         PublishError: The hub refuses, or cannot be reached.
@@ -192,12 +225,12 @@ def upload(folder: Path, repo: str) -> str:
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,
-            commit_message="Upload model with a FlashHead",
-            delete_patterns=["*.safetensors", "*.safetensors.index.json"],
+            commit_message=f"Upload {'FlashHead' if alone else 'model with FlashHead'}",
+            delete_patterns=[] if alone else _OLD_WEIGHTS,
         )
     except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as e:
         raise PublishError(
-            f"--upload-repo {repo}: the upload failed ({_line(e)}); the model is in "
+            f"--upload-repo {repo}: the upload failed ({_line(e)}); it is in "
             f"{folder}, try again with: hf upload {repo} {folder}"
         ) from e
     return str(url)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,15 +15,25 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mlx.utils import tree_map_with_path
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+from safetensors import safe_open
 
 from mlx_flashhead.compute.device import for_device, on_gpu
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.folder import integrity
-from mlx_flashhead.folder.format import HEAD_FILE
-from mlx_flashhead.folder.section import FormatError, has_section
+from mlx_flashhead.folder.section import (
+    HEAD_FILE,
+    FormatError,
+    has_section,
+    read_config,
+)
+from mlx_flashhead.integration.loading import trusting
 
 if TYPE_CHECKING:
     from .gguf import GGUFModel
+
+
+# Configuration, tokenizer, templates and code.
+_TEXTS = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 
 
 class SourceError(ValueError):
@@ -49,8 +61,36 @@ class Source:
         from holds them in one that the folder had to round."""
         return None if self.gguf is None else self.gguf.exact_head()
 
-    def load(self, dtype: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
-        """``(model, tokenizer, config)``, lazy, cast as ``mlx_lm.convert`` casts.
+    @property
+    def multimodal(self) -> bool:
+        """Whether the model sees or hears, with parts that mlx-lm leaves out."""
+        config = read_config(self.folder)
+        return any(config.get(f"{part}_config") for part in ("vision", "audio"))
+
+    def copy(self, folder: Path) -> None:
+        """Copy what a model is loaded from, its weights as they are: with them the
+        folder is whole for other programs, too."""
+        weights = integrity.weight_files(self.folder)
+        for file in self.folder.iterdir():
+            if file in weights or file.suffix in _TEXTS:
+                shutil.copyfile(file, folder / file.name)
+        index = folder / "model.safetensors.index.json"
+        if not index.exists():
+            # Without it, mlx-vlm takes every file of this kind for the model's.
+            names: dict[str, str] = {}
+            for file in weights:
+                with safe_open(file, "numpy") as tensors:
+                    names |= dict.fromkeys(tensors.keys(), file.name)
+            index.write_text(json.dumps({"weight_map": names}), encoding="utf-8")
+
+    def load(
+        self, dtype: str | None, as_is: bool = False
+    ) -> tuple[nn.Module, Any, dict[str, Any]]:
+        """``(model, tokenizer, config)``, lazy.
+
+        Args:
+            dtype: What to cast to, instead of the config's, as ``mlx_lm.convert`` does.
+            as_is: Whether to cast nothing, as ``mlx_lm.load`` does.
 
         Raises:
             SourceError: mlx-lm cannot load it.
@@ -63,7 +103,7 @@ class Source:
                     return_config=True,
                     lazy=True,
                     tokenizer_config={"trust_remote_code": self.trust_remote_code},
-                    trust_remote_code=self.trust_remote_code,
+                    **trusting(utils.load, self.folder, self.trust_remote_code),
                 )
         except FormatError as e:
             raise SourceError(str(e)) from e
@@ -71,21 +111,21 @@ class Source:
         except Exception as e:
             reason = " ".join(str(e).split()) or type(e).__name__
             raise SourceError(
-                f"{self.name}: mlx-lm cannot load this model: {reason[:400]}"
+                f"{self.name}: mlx-lm cannot load this model: {reason[:400]}; use one "
+                "that mlx_lm.generate runs"
             ) from e
         model, tokenizer, config = loaded
         text_config = config.get("text_config") or {}
         dtype = dtype or config.get("torch_dtype") or text_config.get("dtype")
-        if dtype in MODEL_CONVERSION_DTYPES:
+        if dtype in MODEL_CONVERSION_DTYPES and not as_is:
             cast(model, getattr(mx, dtype))
         return model, tokenizer, config
 
     def load_for_calibration(self) -> nn.Module:
         """The model once more, to be run: on a CPU dequantized and in float32, where
         anything else is many times slower."""
-        model, _ = utils.load_model(
-            self.folder, lazy=True, trust_remote_code=self.trust_remote_code
-        )
+        trust = trusting(utils.load_model, self.folder, self.trust_remote_code)
+        model, _ = utils.load_model(self.folder, lazy=True, **trust)
         if not on_gpu():
             model = for_device(utils.dequantize_model(model))
         return model
@@ -103,10 +143,21 @@ def cast(model: nn.Module, dtype: mx.Dtype) -> None:
 
 
 def open_hf(
-    name: str, revision: str | None, trust_remote_code: bool, flag: str = "--hf-path"
+    name: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    flag: str = "--hf-path",
+    *,
+    plain: bool = True,
 ) -> Source:
-    """A local folder, or a snapshot from the Hugging Face hub. ``flag`` is the option
-    that named it.
+    """A local folder, or a snapshot from the Hugging Face hub.
+
+    Args:
+        name: The folder or its Hugging Face id.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether the model's own code may run.
+        flag: The option that named it.
+        plain: Whether it must not have a FlashHead already.
 
     Raises:
         SourceError: Neither is there.
@@ -130,7 +181,7 @@ def open_hf(
     except FormatError as e:
         raise SourceError(str(e)) from e
     # What mlx-lm's commands make of a converted folder has the section, not the file.
-    if converted and (not path.exists() or (folder / HEAD_FILE).exists()):
+    if plain and converted and (not path.exists() or (folder / HEAD_FILE).exists()):
         raise SourceError(
             f"{name} has a FlashHead already; convert the model it was made from, or "
             f"delete the folder's {HEAD_FILE} first"

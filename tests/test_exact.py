@@ -16,6 +16,7 @@ from mlx_lm.models import cache as caches
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 from small_heads import make_head, random_states
 from test_candidates import p_value
+from versions import OLD_MLX_LM
 
 from mlx_flashhead import flash_heads, load, patch_decoding, unpatch
 from mlx_flashhead.integration import exact
@@ -54,7 +55,12 @@ def stock_probabilities(sampler, logits: np.ndarray) -> np.ndarray:
     logprobs = mx.array(logits[None], mx.float32)
     logprobs = logprobs - mx.logsumexp(logprobs)
     for method in sampler.__closure__[0].cell_contents:
-        logprobs = method(logprobs)
+        try:
+            logprobs = method(logprobs)
+        except TypeError:
+            if not OLD_MLX_LM:
+                raise
+            pytest.skip("min-p of mlx-lm before 0.32 fails with min_tokens_to_keep")
     return np.array(mx.softmax(logprobs / settings.temp, axis=-1))[0].astype(np.float64)
 
 
@@ -423,7 +429,7 @@ def test_a_verification_that_accepts_everything_is_caught(untied_folder, monkeyp
     model, tokenizer = drafting(untied_folder, 90)
     next(flash_heads(model)).n_probes = 4
 
-    def careless(self, logits, drafts, context):
+    def careless(self, logits, drafts, context, masks):
         last = coupled.draw(self.head, Settings(), logits[-1:], keys_of(1)).tokens
         tokens = [t.item() for t in drafts[1:]] + last.tolist()
         return [exact.Verified(t, row) for t, row in zip(tokens, logits)]

@@ -3,6 +3,7 @@ write."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 from test_gguf import gguf_tensors, reference_model, write_gguf
 
-from mlx_flashhead import load
+from mlx_flashhead import attach, load, patch_decoding
 
 pytestmark = pytest.mark.full
 
@@ -61,6 +62,35 @@ def test_sampling(untied_folder):
         dish = written(untied_folder, "My favourite dish is", sampler)
         assert f"{name}: {' '.join(dish.splitlines())}\n\n" in text
     assert "top-k 20, repetition penalty 1.3: My favourite dish is" in text
+
+
+@pytest.mark.parametrize("way", ["--exact", "--approximate"])
+def test_own_loop(untied_folder, way):
+    text = run("own_loop.py", untied_folder, way, "--max-tokens", N)
+    sampler = make_sampler(0.8, top_p=0.95)
+    # The rows are the plain model's, in exact decoding as in approximate.
+    model, tokenizer = mlx_lm.load(str(untied_folder))
+    attach(model, untied_folder, exact=way == "--exact")
+    patch_decoding()
+    mx.random.seed(1)
+    prompt = "The lighthouse keeper"
+    stream = mlx_lm.stream_generate(
+        model, tokenizer, prompt, max_tokens=N, sampler=sampler
+    )
+    responses = list(stream)
+    each = "".join(tokenizer.decode([r.token]) for r in responses)
+    assert text.startswith(prompt + each)
+    nats = -sum(r.logprobs[r.token].item() for r in responses) / N
+    assert re.search(rf"\n\n{nats:.2f}\d nats a token\n$", text), (nats, text)
+
+
+def test_json_schema(untied_folder):
+    text = run("json_schema.py", untied_folder, "--max-tokens", 120)
+    first, second = (json.loads(line) for line in text.splitlines()[:2])
+    for made in (first, second):
+        assert set(made) == {"dish", "minutes", "vegetarian"}
+        assert 5 <= made["minutes"] <= 180
+    assert re.fullmatch(r"[\d.]+ % of the drafts stood", text.splitlines()[2])
 
 
 def test_server_openai(untied_folder):

@@ -42,8 +42,8 @@ def tensors_of(head: FlashHead) -> dict[str, mx.array]:
 
 def save(folder: Path, head: FlashHead) -> Section:
     """The section as a real folder has it."""
-    save_head(folder, head)
-    seal(folder, describe(head, "lm_head", "0" * 64), [])
+    section = describe(head, "lm_head", "0" * 64)
+    seal(folder, save_head(folder / HEAD_FILE, head, section), [])
     section = read_section(folder)
     assert section is not None and section.intact
     return section
@@ -88,7 +88,7 @@ def test_a_head_comes_back_bit_for_bit(tmp_path, bits, centroid_bits, dtype, bia
 
 def test_the_config_describes_the_head(tmp_path):
     section = save(tmp_path, make_head(497, bits=6, centroid_bits=3).head)
-    assert section.format_version == FORMAT_VERSION == 3
+    assert section.format_version == FORMAT_VERSION == 4
     assert section.head_path == "lm_head"
     assert section.rows == TableForm(bits=6, group_size=32, mode="affine")
     assert section.centroids == TableForm(bits=3, group_size=32, mode="affine")
@@ -102,7 +102,7 @@ def test_the_file_is_plain_safetensors(tmp_path):
     with (tmp_path / HEAD_FILE).open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
-    assert header["__metadata__"]["flashhead_version"] == "3"
+    assert header["__metadata__"]["flashhead_version"] == "4"
     assert header["token_ids"]["dtype"] == "U32"
     assert header["rows.weight"]["shape"] == [63, 8, 16]
     assert header["spread"] == header["spread"] | {"dtype": "F32", "shape": [63]}
@@ -140,7 +140,8 @@ def test_a_folder_has_a_section_or_not(tmp_path):
 
 # As folders have it that were converted before there was a class for it.
 STORED = """{
-    "format_version": 3, "head_path": "lm_head", "head_sha256": "03", "vocab_size": 497,
+    "format_version": 4, "head_path": "lm_head", "head_sha256": "03", "vocab_size": 497,
+    "stored_rows": true, "tensors_sha256": "04",
     "hidden_size": 64, "n_clusters": 63, "cluster_size": 8, "n_probes": 4,
     "temperatures": [2.0, 1, 0.3], "tail_offset": [0, 0.25, -1e-08],
     "rows": {"bits": 8, "group_size": 32, "mode": "affine"},
@@ -150,7 +151,7 @@ STORED = """{
     "clusters": "assets", "files": {"flashhead.safetensors": "47"},
     "sha256": "%s"
 }"""
-DIGEST = "0cb59472096c25b67fc40f5bafa5f010624e7a06a075c4c341392cf8f7f82df2"
+DIGEST = "a507bd4ac59197587e9411cc0c2fe4783520b284b9d6f9e2e531b925b4e48406"
 
 
 def test_a_section_is_read_as_it_was_written():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import struct
@@ -22,11 +23,10 @@ import mlx_flashhead
 from mlx_flashhead import FlashHead, flash_heads, load, patch, patched, unpatch
 from mlx_flashhead.folder.format import HEAD_FILE, seal
 from mlx_flashhead.folder.section import read_section
-from mlx_flashhead.integration.patch import PatchError
 from mlx_flashhead.integration.slots import FlashEmbedding, FlashLinear
 
 STOCK = utils.load_model
-PATTERNS = list(utils.DEFAULT_ALLOW_PATTERNS)
+DOWNLOAD = utils._download
 TOKENS = mx.array([[72, 101, 108, 108, 111]])
 PROMPT = "The quick brown fox"
 
@@ -36,7 +36,11 @@ def n_heads(model) -> int:
 
 
 def is_stock() -> bool:
-    return utils.load_model is STOCK and utils.DEFAULT_ALLOW_PATTERNS == PATTERNS
+    return (
+        utils.load_model is STOCK
+        and utils._download is DOWNLOAD
+        and HEAD_FILE not in getattr(utils, "DEFAULT_ALLOW_PATTERNS", ())
+    )
 
 
 def logits(model, tokens=TOKENS) -> np.ndarray:
@@ -175,7 +179,8 @@ def test_the_dense_head_is_not_read(request, tmp_path, kind):
 def test_patch_and_unpatch(untied_folder):
     patch()
     assert not is_stock()
-    assert HEAD_FILE in utils.DEFAULT_ALLOW_PATTERNS  # so that the hub sends it
+    # So that the hub sends it.
+    assert utils._download is not DOWNLOAD or HEAD_FILE in utils.DEFAULT_ALLOW_PATTERNS
     assert n_heads(mlx_lm.load(str(untied_folder))[0]) == 1
     unpatch()
     assert is_stock()
@@ -187,7 +192,7 @@ def test_patching_twice_is_patching_once(untied_folder):
     patch(n_probes=5)
     model, _ = mlx_lm.load(str(untied_folder))
     assert model.lm_head.head.n_probes == 5
-    assert utils.DEFAULT_ALLOW_PATTERNS.count(HEAD_FILE) == 1
+    assert getattr(utils, "DEFAULT_ALLOW_PATTERNS", [HEAD_FILE]).count(HEAD_FILE) == 1
     unpatch()
     assert is_stock()
     unpatch()
@@ -233,16 +238,50 @@ def test_switched_off_by_the_environment(untied_folder, monkeypatch, value):
     assert n_heads(mlx_lm.load(str(untied_folder))[0]) == 1
 
 
-def test_an_unknown_mlx_lm_is_not_patched(monkeypatch):
+@pytest.mark.parametrize("missing", [False, True])
+def test_an_unknown_loader_is_left(monkeypatch, missing):
     def load_model(folder, eager=True):
         pass
 
-    monkeypatch.setattr(utils, "load_model", load_model)
-    with pytest.raises(PatchError) as error:
+    if missing:
+        monkeypatch.delattr(utils, "load_model")
+    else:
+        monkeypatch.setattr(utils, "load_model", load_model)
+    with pytest.warns(UserWarning) as warned:
         patch()
-    assert mlx_lm.__version__ in str(error.value) and "\n" not in str(error.value)
-    assert utils.load_model is load_model
-    assert utils.DEFAULT_ALLOW_PATTERNS == PATTERNS
+    (message,) = [str(w.message) for w in warned]
+    assert mlx_lm.__version__ in message and "\n" not in message
+    assert "load_model" in message and "mlx_flashhead.attach" in message
+    assert getattr(utils, "load_model", load_model) is load_model
+    unpatch()
+    assert HEAD_FILE not in getattr(utils, "DEFAULT_ALLOW_PATTERNS", ())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_an_unknown_mlx_lm_decodes_by_itself(untied_folder, monkeypatch, exact):
+    """On logits of the whole vocabulary; the dense head's, where decoding is exact."""
+    model, tokenizer = load(untied_folder, exact=exact)
+    wanted = greedy(model, tokenizer)
+    unpatch()
+    generate = importlib.import_module("mlx_lm.generate")
+    stock = generate.generate_step
+
+    def generate_step(prompt, net, *args, **options):
+        yield from stock(prompt, net, *args, **options)
+
+    monkeypatch.setattr(generate, "generate_step", generate_step)
+    with pytest.warns(UserWarning, match="generate_step has changed"):
+        patch(exact=exact)
+    model, tokenizer = mlx_lm.load(str(untied_folder))
+    assert n_heads(model) == 1 and model.lm_head.exact is exact
+    with monkeypatch.context() as watched:
+        drafted = []
+        watched.setattr(FlashHead, "retrieve", lambda *_: drafted.append(1))
+        if exact:
+            assert greedy(model, tokenizer) == wanted and not drafted
+    assert greedy(model, tokenizer) == wanted
+    with pytest.warns(UserWarning, match="generate_step has changed"):
+        load(untied_folder)
 
 
 def test_other_models_load_as_before(untied_source):

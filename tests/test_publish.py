@@ -188,6 +188,25 @@ def test_an_upload(api, tmp_path, untied_source):
     assert "mlx_flashhead.generate --model someone/made" in card.text
 
 
+def test_a_sidecar_is_uploaded_alone(api, tmp_path, untied_source):
+    """What is beside it stays, and no weights' licence is asked for."""
+    source = Path(shutil.copytree(untied_source, tmp_path / "source"))
+    (source / "README.md").write_text(CARD)
+    (source / "LICENSE.txt").write_text("Do good.")
+    made = tmp_path / "made"
+    words = ["--hf-path", source, "--sidecar", made, "--upload-repo", "someone/head"]
+    words += ["--cluster-size", 8, "--n-probes", 90, "--json"]
+    done = CliRunner().invoke(main, [str(w) for w in words])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["url"] == f"{ENDPOINT}/someone/head"
+    (call,) = api.upload_folder.call_args_list
+    assert call.kwargs["folder_path"] == made and not call.kwargs["delete_patterns"]
+    assert {f.name for f in made.iterdir()} == {HEAD_FILE, "README.md"}
+    card = ModelCard.load(made / "README.md")
+    assert "license" not in card.data.to_dict()
+    assert "mlx_flashhead" in card.text and "--flashhead someone/head" in card.text
+
+
 def test_licences_go_along(machine, tmp_path, untied_source):
     source = Path(shutil.copytree(untied_source, tmp_path / "source"))
     head = "---\nlicense_name: own\nbase_model: a/b\nlanguage: de\n---\n"

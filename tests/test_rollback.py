@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_lm_caches
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from versions import OLD_MLX_LM
 
 from mlx_flashhead.integration.rollback import Rollback, supported
 
@@ -194,6 +195,8 @@ SETTINGS = {
     "batch of falcon_h1": Setting("falcon_h1", rows=3),
     "batch of qwen3_next": Setting("qwen3_next", rows=2),
 }
+if OLD_MLX_LM:  # it fails with chunks as small as these, and is not rolled back
+    del SETTINGS["ChunkedKVCache of llama4"]
 
 
 def leaves(cache) -> list:
@@ -204,13 +207,24 @@ def leaves(cache) -> list:
     ]
 
 
+def in_use(leaf) -> tuple:
+    """Keys and values of the slots that hold a token."""
+    if hasattr(leaf, "keys_and_values"):
+        return leaf.keys_and_values()
+    # Before mlx-lm 0.32.
+    if isinstance(leaf, mlx_lm_caches.ChunkedKVCache):
+        end = leaf.offset - leaf.start_position
+        return leaf.keys[..., :end, :], leaf.values[..., :end, :]
+    return tuple(leaf.state[:2])
+
+
 def shown(leaf) -> dict:
     """All that a cache holds or says of itself. Of buffers, the slots in use and the
     number of all slots."""
     seen = dict(vars(leaf))
     if seen.get("keys") is not None:
         del seen["keys"], seen["values"]
-        seen["in use"] = leaf.keys_and_values()
+        seen["in use"] = in_use(leaf)
     seen |= {"size": leaf.size(), "trimmable": leaf.is_trimmable()}
     seen |= {"empty": leaf.empty()}
     if not leaf.empty():  # mlx-lm's QuantizedKVCache fails on this where it is
@@ -307,7 +321,8 @@ class Broken:
 
 @pytest.mark.parametrize("keep", range(4))
 @pytest.mark.parametrize(
-    "name", ["KVCache", "RotatingKVCache", "ChunkedKVCache of llama4"]
+    "name",
+    ["KVCache", "RotatingKVCache", *SETTINGS.keys() & {"ChunkedKVCache of llama4"}],
 )
 def test_a_step_that_fails_half_way_is_undone(name, keep):
     setting = SETTINGS[name]
@@ -338,7 +353,7 @@ def test_a_step_that_fails_half_way_is_undone(name, keep):
     [
         "QuantizedKVCache",
         "RotatingKVCache",
-        "ChunkedKVCache of llama4",
+        *SETTINGS.keys() & {"ChunkedKVCache of llama4"},
         "CacheList of falcon_h1",
     ],
 )
@@ -367,11 +382,10 @@ def test_arrays_that_a_step_changes_in_place():
         cache[1] = cache[0] + 1
         cache.advance(1)
     rollback.to(2)
-    arrays, left_padding, lengths = cache.state
-    assert arrays[0].tolist() == [[1, 2, 0]] * 2
-    assert arrays[1].tolist() == [[2, 3, 1]] * 2
-    assert left_padding.tolist() == [1, -1]
-    assert lengths.tolist() == [7, 6]
+    assert cache[0].tolist() == [[1, 2, 0]] * 2
+    assert cache[1].tolist() == [[2, 3, 1]] * 2
+    assert cache.left_padding.tolist() == [1, -1]
+    assert cache.lengths.tolist() == [7, 6]
 
 
 def test_a_draft_longer_than_what_is_copied_at_a_time():
@@ -394,7 +408,8 @@ def test_every_cache_of_mlx_lm_is_supported():
         cache = cls.__new__(cls)
         if cls is mlx_lm_caches.CacheList:
             cache.caches = (KVCache(),)
-        assert supported([KVCache(), cache]), cls
+        known = cls is not mlx_lm_caches.ChunkedKVCache or not OLD_MLX_LM
+        assert supported([KVCache(), cache]) is known, cls
 
 
 def test_a_cache_that_is_not_known_is_refused():

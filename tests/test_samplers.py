@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from mlx_lm import sample_utils, utils
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_flashhead import patch, patched
-from mlx_flashhead.integration.patch import PatchError
+from mlx_flashhead import patch, patch_decoding, unpatch
 from mlx_flashhead.integration.samplers import (
     Bias,
     Penalty,
@@ -86,7 +85,7 @@ def test_every_argument_of_make_sampler_is_read(asked):
 
 
 def test_no_sampler_is_greedy():
-    assert read_sampler(None) == read_sampler(sample_utils.greedy_sampler) == Settings()
+    assert read_sampler(None) == read_sampler(make_sampler()) == Settings()
 
 
 @pytest.mark.parametrize(
@@ -151,7 +150,7 @@ OTHERS = {
             __module__="my_samplers", __qualname__=REAL.__qualname__, __name__="sampler"
         ),
     ),
-    "greedy's name": functools.wraps(sample_utils.greedy_sampler)(lambda x: x[:, 0]),
+    "greedy's name": functools.wraps(make_sampler())(lambda x: x[:, 0]),
     "added method": altered(
         lambda: make_sampler(0.7), sampling_methods=[lambda x: x * 0]
     ),
@@ -255,13 +254,20 @@ def test_one_unknown_processor_leaves_all_to_mlx_lm(other):
 # ---------------------------------------------------------------------------
 
 
-def refused(reason: str) -> None:
-    with pytest.raises(PatchError) as error:
+def decodes_by_itself(reason: str) -> None:
+    """mlx-lm's decoding is left as it is, and one line says why."""
+    before = [getattr(generate, name, None) for name in STOCK]
+    with pytest.warns(UserWarning) as warned:
+        patch_decoding()
+    (message,) = [str(w.message) for w in warned]
+    assert mlx_lm.__version__ in message and "\n" not in message
+    assert reason in message and "--approximate" in message
+    assert [getattr(generate, name, None) for name in STOCK] == before
+    with pytest.warns(UserWarning, match=reason):
         patch()
-    assert mlx_lm.__version__ in str(error.value) and "\n" not in str(error.value)
-    assert reason in str(error.value)
-    with pytest.raises(PatchError), patched():
-        raise AssertionError("patched all the same")
+    # Models are loaded with their FlashHead all the same.
+    assert utils.load_model is not STOCK_LOAD
+    unpatch()
 
 
 def test_this_mlx_lm_is_patched():
@@ -270,21 +276,21 @@ def test_this_mlx_lm_is_patched():
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_other_parameters_are_refused(monkeypatch, name):
+def test_other_parameters_are_left(monkeypatch, name):
     def other(prompt, model, max_tokens=3):
         yield from ()
 
     monkeypatch.setattr(generate, name, other)
-    refused(other.__qualname__)
+    decodes_by_itself(other.__qualname__)
     assert getattr(generate, name) is other
     monkeypatch.undo()
     assert is_stock()
 
 
 @pytest.mark.parametrize("name", [*STOCK_BATCH, "next"])
-def test_a_batch_of_another_kind_is_refused(monkeypatch, name):
+def test_a_batch_of_another_kind_is_left(monkeypatch, name):
     monkeypatch.setattr(generate.GenerationBatch, name, lambda self, *_: ([], []))
-    refused("has changed")
+    decodes_by_itself("has changed")
     monkeypatch.undo()
     assert is_stock()
 
@@ -299,19 +305,18 @@ def test_a_batch_of_another_kind_is_refused(monkeypatch, name):
         (generate.GenerationBatch, "extend"),
         (generate.GenerationBatch, "filter"),
         (generate.GenerationBatch, "extract_cache"),
-        (utils, "load_model"),
         (sample_utils, "make_sampler"),
         (sample_utils, "make_logits_processors"),
     ],
 )
-def test_missing_functions_are_refused(monkeypatch, owner, name):
+def test_missing_functions_are_left(monkeypatch, owner, name):
     monkeypatch.delattr(owner, name)
-    refused(name)
+    decodes_by_itself(name)
     monkeypatch.undo()
     assert is_stock()
 
 
-def test_other_closures_are_refused(monkeypatch):
+def test_other_closures_are_left(monkeypatch):
     def make_other(temp=0.0, **methods):
         chain, heat = list(methods), temp
 
@@ -321,10 +326,10 @@ def test_other_closures_are_refused(monkeypatch):
         return sampler
 
     monkeypatch.setattr(sample_utils, "make_sampler", make_other)
-    refused("make_sampler")
+    decodes_by_itself("make_sampler")
 
 
-def test_another_filter_is_refused(monkeypatch):
+def test_another_filter_is_left(monkeypatch):
     """One that make_sampler has learned, or one that has gone."""
     stock = make_sampler
 
@@ -336,15 +341,15 @@ def test_another_filter_is_refused(monkeypatch):
         return sampler
 
     monkeypatch.setattr(sample_utils, "make_sampler", make_more)
-    refused("make_sampler")
+    decodes_by_itself("make_sampler")
 
 
-def test_other_processors_are_refused(monkeypatch):
+def test_other_processors_are_left(monkeypatch):
     def make_others(bias=None, *penalties):
         return [lambda tokens, logits: logits]
 
     monkeypatch.setattr(sample_utils, "make_logits_processors", make_others)
-    refused("make_logits_processors")
+    decodes_by_itself("make_logits_processors")
 
 
 def test_a_read_penalty_is_mlx_lms_own():

@@ -143,7 +143,7 @@ def test_what_mlx_lm_converts_again(folder, tmp_path, command):
     load(again, dense=True)
     convert(str(again), tmp_path / "last", verbose=False)
     assert len(list(flash_heads(load(tmp_path / "last")[0]))) == 1
-    assert section_of(tmp_path / "last").format_version == 3
+    assert section_of(tmp_path / "last").format_version == 4
 
 
 def test_a_changed_model_is_converted_once_the_file_is_gone(folder):
@@ -174,7 +174,7 @@ def test_older_folders_are_read(folder, version):
 
 
 def test_newer_folders_are_refused(folder):
-    edit_json(folder / "config.json", lambda c: c[CONFIG_KEY].update(format_version=4))
+    edit_json(folder / "config.json", lambda c: c[CONFIG_KEY].update(format_version=5))
     assert "upgrade" in complaint(folder)
 
 

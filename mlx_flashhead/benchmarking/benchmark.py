@@ -30,6 +30,7 @@ def benchmark(
     n_probes: int | None,
     verify_every: int | None,
     exact: bool | None,
+    flashhead: str | None,
     quick: bool,
     everything: bool,
     energy: bool,
@@ -61,14 +62,16 @@ def benchmark(
     seen = dict.fromkeys([*conditions.missing(energy), *conditions.warnings()])
     for warning in seen:
         click.echo(f"Warning: {warning}", err=True)
-    check(model)
+    check(model, flashhead)
     # Before this process fills the memory.
-    opened = _loading(model, against, 1 if quick else repeats) if load else []
+    opened = []
+    if load:
+        opened = _loading(model, against, 1 if quick else repeats, flashhead)
     other_one = None if exact is None else "flash" if exact else "exact"
     kinds = tuple(kind for kind in kinds if kind != other_one)
     if not kinds:
         raise ValueError("--heads names only what --exact/--approximate leaves out")
-    competitors, note = heads(model, kinds, n_probes, verify_every)
+    competitors, note = heads(model, kinds, n_probes, verify_every, flashhead)
     for name in against:
         try:
             competitors.append(other(name))
@@ -149,13 +152,13 @@ def _listed(cells: list[Cell]) -> str:
 
 
 def _loading(
-    model: str, against: tuple[str, ...], repeats: int
+    model: str, against: tuple[str, ...], repeats: int, flashhead: str | None
 ) -> list[report.LoadRow]:
     """How long the model and those it is compared with take to open."""
     ways = {"stock": "dense, mlx_lm.load", "flash": "FlashHead, mlx_flashhead.load"}
     if not on_gpu():
         ways["dense"] = "dense in float32, mlx_flashhead.load"
-    openings = loading.in_turn([model], list(ways), repeats)
+    openings = loading.in_turn([model], list(ways), repeats, flashhead)
     openings |= loading.in_turn(list(against), ["flash"], repeats)
     rows: list[report.LoadRow] = []
     for (folder, way), each in openings.items():

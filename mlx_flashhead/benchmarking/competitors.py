@@ -19,6 +19,7 @@ from ..folder.section import has_section
 from ..head import FlashHead, prefers_dense
 from ..head.transform import Transform
 from ..integration.decode import slot_of
+from ..integration.loading import find_flashhead
 from ..integration.locate import (
     HeadNotFound,
     find_head,
@@ -153,11 +154,15 @@ class Competitor:
         return states[-1][:, -1]
 
 
-def check(folder: str | Path) -> None:
-    """Raise ValueError for a local folder without a FlashHead."""
-    if Path(folder).is_dir() and not has_section(folder):
+def check(folder: str | Path, flashhead: str | None = None) -> None:
+    """Raise ValueError for a local folder without a FlashHead, unless another is
+    given."""
+    if flashhead is not None:
+        find_flashhead(flashhead)
+    elif Path(folder).is_dir() and not has_section(folder):
         raise ValueError(
-            f"--model {folder} has no FlashHead; make one with mlx_flashhead.convert"
+            f"--model {folder} has no FlashHead; make one with mlx_flashhead.convert, "
+            "or name it with --flashhead"
         )
 
 
@@ -166,8 +171,10 @@ def heads(
     kinds: Iterable[str],
     n_probes: int | None = None,
     verify_every: int | None = None,
+    flashhead: str | None = None,
 ) -> tuple[list[Competitor], str]:
-    """The heads of a converted folder on one body, and what is to say of them.
+    """The heads of a converted folder, or of a model and a FlashHead that is given, on
+    one body, and what is to say of them.
 
     The unquantized head is the folder's dense head, dequantized where it is stored
     quantized; the 8- and 4-bit ones are made of it as ``mlx_lm.convert -q`` would. The
@@ -185,6 +192,7 @@ def heads(
             exact=kind == "exact",
             n_probes=n_probes,
             verify_every=verify_every,
+            flashhead=flashhead,
         )
         for kind in sorted({"flash", *kinds} & {"flash", "exact"})
     }

@@ -1,9 +1,11 @@
 """How long a folder takes to open, in a process of its own.
 
-    python -m mlx_flashhead.benchmarking.loading FOLDER WAY
+    python -m mlx_flashhead.benchmarking.loading FOLDER WAY [FLASHHEAD]
 
-``WAY`` is ``stock`` (``mlx_lm.load``), ``dense`` or ``flash`` (``mlx_flashhead.load``
-with the dense head and with FlashHead); ``, lazy`` after it leaves the weights on disk.
+``WAY`` is ``stock`` (``mlx_lm.load``), ``dense``, ``flash`` or ``approximate``
+(``mlx_flashhead.load`` with the dense head, and with FlashHead, exact or not);
+``, lazy`` after it leaves the weights on disk. ``FLASHHEAD`` is a FlashHead's file,
+where the folder has none or another is wanted.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import TypedDict
 
-WAYS = ("stock", "dense", "flash")
+WAYS = ("stock", "dense", "flash", "approximate")
 
 
 class Opening(TypedDict):
@@ -32,7 +34,7 @@ class Opening(TypedDict):
     peak_bytes: int
 
 
-def measure(folder: str, way: str) -> Opening:
+def measure(folder: str, way: str, flashhead: str | None = None) -> Opening:
     """Open a folder in one of ``WAYS``, and time it. The imports come before, and the
     disk's cache is as it is."""
     import mlx.core as mx
@@ -47,7 +49,13 @@ def measure(folder: str, way: str) -> Opening:
     if way == "stock":
         mlx_lm.load(folder, lazy=lazy)
     else:
-        mlx_flashhead.load(folder, dense=way == "dense", lazy=lazy)
+        mlx_flashhead.load(
+            folder,
+            dense=way == "dense",
+            exact=way != "approximate",
+            flashhead=flashhead,
+            lazy=lazy,
+        )
     seconds = time.perf_counter() - begin
     peak = mx.get_peak_memory()
     begin = time.perf_counter()
@@ -57,10 +65,14 @@ def measure(folder: str, way: str) -> Opening:
 
 
 def in_turn(
-    folders: Sequence[str], ways: Sequence[str], repeats: int
+    folders: Sequence[str],
+    ways: Sequence[str],
+    repeats: int,
+    flashhead: str | None = None,
 ) -> dict[tuple[str, str], list[Opening]]:
-    """:func:`measure` of folders and ways, in turn, by ``(folder, way)``: a list of
-    ``repeats`` each. A first round, which fills the disk's cache, is dropped.
+    """:func:`measure` of folders and ways, with the FlashHead that is given, in turn,
+    by ``(folder, way)``: a list of ``repeats`` each. A first round, which fills the
+    disk's cache, is dropped.
 
     Raises:
         RuntimeError: A folder does not open.
@@ -71,6 +83,7 @@ def in_turn(
     for repeat in range(repeats + 1):
         for folder, way in openings:
             command = [sys.executable, "-m", __name__, folder, way]
+            command += [] if flashhead is None else [flashhead]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 last = done.stderr.strip().splitlines()[-1:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import mlx.core as mx
@@ -182,3 +183,30 @@ class Table(nn.Module):
                 mode=self.mode,
             )
         return y.squeeze(-2)
+
+
+def repack(
+    rows: mx.array,
+    dtype: mx.Dtype,
+    bits: int,
+    group_size: int,
+    largest: float = math.inf,
+) -> Table:
+    """Rows of a head in other bits than its own.
+
+    Args:
+        rows: Floating ``[..., n, D]``, as the head multiplies with them.
+        dtype: That of the head.
+        bits: 32 is float32, and 16 the head's own dtype, or bfloat16 where that is
+          wider.
+        group_size: Weights per scale where they have 2 to 8 bits.
+        largest: Largest magnitude in the head; without it scales are of its dtype.
+    """
+    kind = dtype
+    if bits >= 16:
+        kind = mx.float32 if bits == 32 else dtype if dtype.size == 2 else mx.bfloat16
+    elif dtype == mx.bfloat16 and largest < 6e4:
+        # As a scale's dtype bfloat16 is too coarse for 8 bits: it costs more agreement
+        # with the unquantized head than the rounding of the weights.
+        kind = mx.float16
+    return Table.from_dense(rows.astype(kind), bits, group_size)

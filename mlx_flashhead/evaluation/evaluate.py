@@ -66,6 +66,7 @@ from ..compute.table import Table
 from ..folder.format import load_head
 from ..folder.section import Draft, Section, read_section
 from ..head import FlashHead
+from ..integration.loading import find_flashhead
 from ..integration.locate import find_transform
 from ..load import load
 from .compare import (
@@ -94,6 +95,7 @@ def evaluate(
     max_tokens: int = MAX_TOKENS,
     exact: bool = True,
     verify_every: int | None = None,
+    flashhead: str | Path | None = None,
     verbose: bool = True,
 ) -> dict[str, Any]:
     """Compare heads; memory does not grow with the number of tokens.
@@ -110,6 +112,8 @@ def evaluate(
         max_tokens: Longest continuation.
         exact: Whether exact decoding is among what is compared.
         verify_every: Tokens that it verifies at once, instead of the stored number.
+        flashhead: A FlashHead of the model in ``folder``, instead of the folder's own:
+          its file, a folder that has one, or the Hugging Face id of either.
         verbose: Whether to show progress, on standard error.
 
     Returns:
@@ -118,22 +122,26 @@ def evaluate(
     Raises:
         ValueError, OSError: One line that says what cannot be used.
     """
-    section = read_section(folder)
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is no folder; give that of a model")
+    where = folder if flashhead is None else find_flashhead(flashhead)
+    section = read_section(where)
     if section is None:
-        reason = "has no FlashHead; make one with mlx_flashhead.convert"
-        if not Path(folder).is_dir():
-            reason = "is no folder; give one that mlx_flashhead.convert made"
-        raise ValueError(f"{folder} {reason}")
+        raise ValueError(
+            f"{folder} has no FlashHead; make one with mlx_flashhead.convert, or name "
+            "it with --flashhead"
+        )
     names = _names(texts)
     contents = [_read(path) for path in texts]
     path = section.head_path
-    model, tokenizer = load(folder, dense=True)
-    head = load_head(folder, section, find_transform(model, path))
+    model, tokenizer = load(folder, dense=True, flashhead=flashhead)
+    table = own_table(folder, path)
+    head = load_head(where, section, find_transform(model, path), table)
     if reference is None:
         standard = own_reference(folder, path)
     else:
         standard = read_reference(reference, head)
-    verifying = _verifying(folder, section, head, verify_every) if exact else None
+    verifying = _verifying(table, section, head, verify_every) if exact else None
     comparison = Comparison(head, standard, n_probes, verifying)
 
     ids = [
@@ -187,14 +195,15 @@ def evaluate(
 
 
 def _verifying(
-    folder: str | Path, section: Section, head: FlashHead, verify_every: int | None
+    table: Table, section: Section, head: FlashHead, verify_every: int | None
 ) -> tuple[Table, Draft]:
-    """The rows ``[V, D]`` that verify in exact decoding, and how it drafts."""
+    """The rows ``[V, D]`` that verify in exact decoding, of the model's own ``table``
+    or the FlashHead's, and how it drafts."""
     draft = section.drafting
     draft = replace(draft, verify_every=verify_every or draft.verify_every)
     if draft.rows == "stored":
         return head.rows.flat.map(lambda a: a[head.positions]), draft
-    return own_table(folder, section.head_path), draft
+    return table, draft
 
 
 def _bar(total: int, unit: str, verbose: bool) -> tqdm[Any]:

@@ -1,4 +1,4 @@
-"""Whether a converted folder is whole, and still what was converted.
+"""Whether a converted folder, or a FlashHead's file, is whole and fits its model.
 
 Two checks, of which the first costs nothing and comes before anything is allocated:
 
@@ -8,7 +8,8 @@ Two checks, of which the first costs nothing and comes before anything is alloca
 - *Bytes*: the SHA-256 of every weight file is the one that the converter stored. It is
   computed once per state of a file and remembered (see ``cache.py``): after the
   first, loading costs what it costs without. Folders of versions 1 and 2 have the
-  digest of the dense head only, and that is compared.
+  digest of the dense head only, and that is compared. So it is where a FlashHead is
+  used with a model that does not lie in its folder.
 
 Both tell damage and change, not malice: who can write the folder can write the digests.
 """
@@ -23,6 +24,7 @@ import stat
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..compute.table import Table
 from .cache import file_sha256, remembered
-from .format import HEAD_FILE, table_sha256
-from .section import FormatError, Section, read_config
+from .format import check_shape, read_tensors, table_sha256, tensors_sha256
+from .section import HEAD_FILE, FormatError, Section, head_file, read_config, unique
 
 # As mlx-lm finds them.
 _WEIGHTS = "model*.safetensors"
@@ -172,7 +174,7 @@ def check_safetensors(file: Path) -> int:
             pass
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length), object_pairs_hook=_unique)
+            header = json.loads(stream.read(length), object_pairs_hook=unique)
     except OSError as e:
         reason = e.strerror or " ".join(str(e).split())
         raise FormatError(f"{file} cannot be read: {reason}") from None
@@ -192,53 +194,98 @@ def check_safetensors(file: Path) -> int:
     return len(header)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError for one with a key twice, which another reader may
-    understand in another way."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
-    return found
-
-
 def _fits_mlx(shape: list[int]) -> bool:
     # A factor of zero hides others that overflow MLX's 32 bits.
     return len(shape) <= 16 and max(shape, default=0) <= 2**31 - 1
 
 
-def check_unchanged(folder: str | Path, section: Section, table: Table) -> None:
-    """Check that the files are those that the converter wrote.
+def check_unchanged(
+    where: str | Path,
+    section: Section,
+    table: Table,
+    model_folder: str | Path | None = None,
+) -> None:
+    """Check that a FlashHead is as the converter wrote it, and for this model.
 
     Args:
-        folder: A converted folder.
-        section: Its config's section.
-        table: The dense head as the folder's plain model has it, lazy.
+        where: The FlashHead's file or folder.
+        section: Its section.
+        table: The dense head as the plain model has it, lazy.
+        model_folder: Where the model lies, if that is known.
 
     Raises:
-        FormatError: One changed: the model was fine-tuned, quantized or updated since,
-          or a file is damaged. The message names it.
+        FormatError: The model is another one, was fine-tuned, quantized or updated
+          since, or a file is damaged. The message names it.
     """
-    folder = Path(folder)
-    found = weight_files(folder)
-    if section.format_version < 3:
+    where = Path(where)
+    check_shape(where, section, table)
+    in_place = model_folder is not None and Path(model_folder) == where
+    if in_place and section.format_version < 3:
         digest = section.head_sha256
         if digest is not None and digest != remembered(
-            found, "head_sha256", lambda: table_sha256(table)
+            weight_files(where), "head_sha256", lambda: table_sha256(table)
         ):
-            raise FormatError(_changed(folder, section.head_path))
+            raise FormatError(_changed(where, section.head_path))
         return
-    if not section.intact:
+    if section.format_version >= 3 and not section.intact:
+        source = where / "config.json" if section.files else head_file(where)
         raise FormatError(
-            f"{folder}/config.json: the 'flashhead' section was edited or damaged; "
+            f"{source}: the 'flashhead' section was edited or damaged; "
             "convert the model again (for another number of probes, load it with "
             "n_probes or --n-probes)"
         )
+    if in_place and (section.files or section.format_version < 4):
+        _check_folder(where, section)
+        return
+    file = head_file(where)
+    if section.format_version >= 3 and not _is_whole(file, section):
+        raise FormatError(
+            f"{file} is damaged: its tensors are not those that its section names; get "
+            f"or convert it again, {_DENSE}"
+        )
+    digest = section.head_sha256
+    if digest is None or digest not in _digests(table, model_folder):
+        raise FormatError(
+            f"{file}: this FlashHead is not of {model_folder or 'this model'}, but of "
+            "another model, revision or quantization: the rows of the head are others; "
+            "make its own: mlx_flashhead.convert --hf-path MODEL --sidecar PATH"
+        )
+
+
+def _is_whole(file: Path, section: Section) -> bool:
+    """Whether the tensors of a FlashHead's file are those that were written."""
+    if section.files:
+        return section.files.get(HEAD_FILE) == file_sha256(file)
+    return section.tensors_sha256 == remembered(
+        [file], "tensors_sha256", lambda: tensors_sha256(read_tensors(file, section))
+    )
+
+
+def _digests(table: Table, model_folder: str | Path | None) -> Iterator[str]:
+    """Digests by which a head's rows may be known, computed as they are asked for."""
+    files = [] if model_folder is None else weight_files(Path(model_folder))
+    if files:
+        yield remembered(files, "head_sha256", lambda: table_sha256(table))
+        return
+    yield table_sha256(table)
+    # On a CPU models in memory may have been cast to float32, which loses nothing.
+    for dtype in (mx.bfloat16, mx.float16) if table.dtype == mx.float32 else ():
+        yield table_sha256(table.map(partial(_cast, dtype=dtype)))
+
+
+def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    floating = mx.issubdtype(array.dtype, mx.floating)
+    return array.astype(dtype) if floating else array
+
+
+def _check_folder(folder: Path, section: Section) -> None:
+    """That a converted folder's weight files are those that its config names."""
     expected = section.files
     if HEAD_FILE not in expected:
         raise FormatError(
             f"{folder}/config.json does not list the weight files; convert again"
         )
-    names = [file.name for file in found]
+    names = [file.name for file in weight_files(folder)]
     if odd := sorted(set(names) ^ (expected.keys() - {HEAD_FILE})):
         raise FormatError(_changed(folder, odd[0]))
     with ThreadPoolExecutor() as pool:
@@ -262,13 +309,14 @@ def _changed(folder: Path, what: str) -> str:
     )
 
 
-def check_finite(folder: str | Path, tensors: Mapping[str, mx.array]) -> None:
-    """Check that the head's tensors have no NaN and no infinity, once per file.
+def check_finite(where: str | Path, tensors: Mapping[str, mx.array]) -> None:
+    """Check that tensors of a FlashHead's file have no NaN and no infinity, once per
+    file and choice of tensors.
 
     Raises:
         FormatError: One has; the message names it.
     """
-    file = Path(folder) / HEAD_FILE
+    file = head_file(where)
 
     def compute() -> str:
         for name, array in tensors.items():
@@ -277,7 +325,8 @@ def check_finite(folder: str | Path, tensors: Mapping[str, mx.array]) -> None:
                 return name
         return ""
 
-    if name := remembered([file], "not_finite", compute):
+    what = "not_finite" if "rows.weight" in tensors else "not_finite_but_rows"
+    if name := remembered([file], what, compute):
         raise FormatError(
             f"{file}: {name} has NaN or infinite values; convert the model again"
         )

@@ -1,8 +1,11 @@
-"""The section ``flashhead`` of a converted folder's ``config.json``.
+"""The section ``flashhead``: what it says of a FlashHead and of how it was made.
 
-It describes ``flashhead.safetensors`` and says how it was made. Version 2 had neither
-``files`` nor ``sha256``. Version 1 had one temperature, 1, and a single
-``tail_offset``. What is unknown in a section is ignored, but for its digest.
+It stands in the metadata of ``flashhead.safetensors``, which is whole by itself, and
+in the ``config.json`` of a converted folder, there with the digests of the folder's
+weight files. Versions before 4 had it in ``config.json`` alone, and always stored the
+rows. Version 2 had neither ``files`` nor ``sha256``. Version 1 had one temperature, 1,
+and a single ``tail_offset``. What is unknown in a section is ignored, but for its
+digest.
 """
 
 from __future__ import annotations
@@ -16,18 +19,23 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG_KEY = "flashhead"
+HEAD_FILE = "flashhead.safetensors"
 # Positions that one dense product verifies, where a folder does not say it. On Apple's
 # GPUs MLX reads the rows once for all from 6 to 12 positions on.
 VERIFY_EVERY = 16
+# MLX's other modes of quantization, with their bits and group sizes. Scales are uint8.
+MODES = (("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16))
 _MAX_CONFIG_BYTES = 1 << 26
+_MAX_SECTION_CHARACTERS = 1 << 20
 _MAX_REAL = float(np.finfo(np.float32).max)
 
 
 class FormatError(ValueError):
-    """A converted folder is damaged, or of a version that is not known."""
+    """A FlashHead is damaged, another model's, or of a version that is not known."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Draft:
         verify_every: Tokens that one dense product verifies.
         acceptance: Share of the drafted tokens that is expected to stand, greedy.
         rows: Whose rows decide: ``"model"`` for those of the plain model's head,
-            ``"stored"`` for the FlashHead's own.
+            ``"stored"`` for the FlashHead's own, in a file or not.
     """
 
     n_probes: int
@@ -82,14 +90,16 @@ class Section:
         head_path: Module of the model that the FlashHead stands for.
         vocab_size, hidden_size, n_clusters, cluster_size, n_probes: Sizes.
         temperatures, tail_offset: As :class:`mlx_flashhead.FlashHead` has them.
-        rows, centroids: How the two tables are stored.
+        rows, centroids: Bits of the two tables.
+        stored_rows: Whether the file has the rows; else they are made of the model's.
         head_sha256: Digest of the dense head's rows.
+        tensors_sha256: Digest of the file's tensors; before version 4 there was none.
         recipe, seed, calibration, clusters: What it was made with; ``clusters`` only
             where they were published ones.
         measured: What the converter measured.
         draft: How exact decoding drafts; folders of before have none.
-        files: SHA-256 of each weight file, by its name.
-        format_version: That of the folder.
+        files: SHA-256 of each weight file of a folder, by its name; none in a file.
+        format_version: That of the folder or file.
         intact: Whether the section's own digest was the right one.
     """
 
@@ -103,7 +113,9 @@ class Section:
     tail_offset: tuple[float, ...]
     rows: TableForm
     centroids: TableForm
+    stored_rows: bool = True
     head_sha256: str | None = None
+    tensors_sha256: str | None = None
     recipe: str | None = None
     seed: int | None = None
     calibration: str | None = None
@@ -126,7 +138,8 @@ class Section:
         Raises:
             FormatError: It is of another version, or its values are not possible.
         """
-        _require(isinstance(stored, dict), f"{CONFIG_KEY!r} is not an object")
+        if not isinstance(stored, dict):
+            raise FormatError(f"{CONFIG_KEY!r} is not an object; convert again")
         version = stored.get("format_version")
         if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
             raise FormatError(
@@ -157,6 +170,8 @@ class Section:
         """The section as it is stored, in the present version and with its digest."""
         stored = {k: v for k, v in asdict(self).items() if v is not None}
         del stored["intact"]
+        if not self.files:
+            del stored["files"]
         stored["format_version"] = FORMAT_VERSION
         for key in ("temperatures", "tail_offset"):
             stored[key] = list(stored[key])
@@ -187,8 +202,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def head_file(where: str | Path) -> Path:
+    """The file of the FlashHead at ``where``, which is that file or its folder."""
+    where = Path(where)
+    return where / HEAD_FILE if where.is_dir() else where
+
+
 def has_section(folder: str | Path) -> bool:
-    """Whether a folder was converted; what its section says is not looked at.
+    """Whether a folder has a FlashHead; what its section says is not looked at.
 
     Raises:
         FormatError: ``config.json`` cannot be read, or its section is no object.
@@ -197,20 +218,72 @@ def has_section(folder: str | Path) -> bool:
     if section is not None and not isinstance(section, dict):
         path = Path(folder) / "config.json"
         raise FormatError(f"{path}: {CONFIG_KEY!r} is not an object; convert again")
-    return section is not None
+    return section is not None or (Path(folder) / HEAD_FILE).exists()
 
 
-def read_section(folder: str | Path) -> Section | None:
-    """The section of a folder's config; ``None`` where it has none.
+def read_section(where: str | Path) -> Section | None:
+    """The section of a FlashHead's file, or of a folder: its config's, or else that of
+    the file in it; ``None`` for a folder without a FlashHead.
 
     Raises:
-        FormatError: ``config.json`` cannot be read, or its section is not possible.
+        FormatError: It cannot be read, or what it says is not possible.
     """
-    stored = read_config(folder).get(CONFIG_KEY)
+    source = Path(where)
+    stored = None
+    if source.is_dir():
+        source /= "config.json"
+        stored = read_config(where).get(CONFIG_KEY)
+        if stored is None and not head_file(where).exists():
+            return None
+    if stored is None:
+        source = head_file(where)
+        stored = _read_metadata(source)
     try:
-        return None if stored is None else Section.from_json(stored)
+        section = Section.from_json(stored)
+        if source.name == "config.json" and section.format_version >= 3:
+            _require(bool(section.files), "it does not list the weight files")
     except FormatError as e:
-        raise FormatError(f"{Path(folder) / 'config.json'}: {e}") from None
+        raise FormatError(f"{source}: {e}") from None
+    return section
+
+
+def _read_metadata(file: Path) -> Any:
+    """The section in the metadata of a FlashHead's file."""
+    if not file.is_file():
+        raise FormatError(
+            f"{file} is no FlashHead's file or folder; make one: mlx_flashhead.convert"
+        )
+    try:
+        with safe_open(file, "numpy") as opened:
+            text = (opened.metadata() or {}).get(CONFIG_KEY)
+    except (SafetensorError, OSError) as e:
+        raise FormatError(
+            f"{file} is damaged, cut off or no safetensors file "
+            f"({' '.join(str(e).split())[:200]}); get or convert it again"
+        ) from None
+    if text is None:
+        raise FormatError(
+            f"{file} has no {CONFIG_KEY!r} section: before version 4 it stood in the "
+            "config.json of its folder; give that folder, or convert the model again"
+        )
+    try:
+        if len(text) > _MAX_SECTION_CHARACTERS:
+            raise ValueError("it is too long")
+        return json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise FormatError(
+            f"{file}: its section is not valid JSON: {' '.join(str(e).split())[:200]}; "
+            "get or convert it again"
+        ) from None
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError for one with a key twice, which another reader may
+    understand in another way."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice")
+    return found
 
 
 def section_sha256(stored: Mapping[str, Any]) -> str:
@@ -247,9 +320,15 @@ def _check(values: Mapping[str, Any]) -> None:
         bits, group_size = form.get("bits"), form.get("group_size")
         dense = bits in (16, 32) and group_size == 0
         packed = bits in (2, 3, 4, 5, 6, 8) and group_size in (32, 64, 128)
-        known = (dense or packed) and form.get("mode") == "affine"
+        affine = (dense or packed) and form.get("mode") == "affine"
+        known = affine or (form.get("mode"), bits, group_size) in MODES
         _require(known, f"{name} has an unknown form {form!r:.80}")
-    for key in ("head_sha256", "recipe", "calibration", "clusters"):
+    value = values.get("stored_rows", True)
+    _require(isinstance(value, bool), f"stored_rows is {value!r:.80}")
+    for key in (
+        *("head_sha256", "tensors_sha256"),
+        *("recipe", "calibration", "clusters"),
+    ):
         value = values.get(key, "")
         _require(isinstance(value, str), f"{key} is {value!r:.80}")
     _require(_is_real(values.get("seed", 0)), f"seed is {values.get('seed')!r:.80}")

@@ -8,13 +8,14 @@ the functions run untouched, on logits over the whole vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any
+from functools import partial, wraps
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,24 +23,32 @@ import mlx.nn as nn
 from ..head import FlashHead, prefers_dense
 from ..sampling import (
     Drawn,
+    LogProbs,
     Processor,
     Settings,
-    draw,
     fits,
     full_logits,
-    logprobs,
+    masked,
 )
+from ..sampling.masks import TokenMask
 from ..tuning import KINDS, kind_of
-from .exact import ExactDecoder, Verified
+from .exact import ExactDecoder, LogitsProcessor, Sampler, Verified
 from .exact_batch import exact_step, leave, options_of
+from .grammar import Processors
 from .keys import Keys
 from .locate import flash_slots
-from .samplers import read_processors, read_sampler
+from .masking import draw_allowed, log_probabilities
+from .samplers import read_sampler
 from .slots import FlashLinear, densely, hidden_state
 from .tuner import dense_is_faster, exact_decoder
 
 # A function of mlx-lm's.
 Step = Callable[..., Any]
+# A sequence's sampler and logits processors.
+Options = tuple[Sampler, Sequence[LogitsProcessor]]
+BatchDraw = Callable[
+    [mx.array, Keys, dict[int, mx.array]], tuple[mx.array, list[mx.array]]
+]
 
 # More positions at once than a draft has: a prompt.
 _LONGEST_DRAFT = 32
@@ -81,8 +90,9 @@ def acceptance() -> Iterator[Acceptance]:
 
 def slot_of(model: Any) -> FlashLinear | None:
     """What stands in the place of a model's head, where that is a FlashHead."""
-    slots = list(flash_slots(model)) if isinstance(model, nn.Module) else []
-    return slots[0] if len(slots) == 1 else None
+    slots = flash_slots(model) if isinstance(model, nn.Module) else ()
+    of_heads = {id(slot.head): slot for slot in slots}  # one may stand at two places
+    return next(iter(of_heads.values())) if len(of_heads) == 1 else None
 
 
 def head_of(model: Any) -> FlashHead | None:
@@ -93,16 +103,19 @@ def head_of(model: Any) -> FlashHead | None:
 
 def read_request(
     model: Any, sampler: Any, processors: Sequence[Any] | None
-) -> tuple[FlashHead, Settings, list[Processor]] | None:
+) -> tuple[FlashLinear, Settings, Processors] | None:
     """What a model's tokens are drawn with, if they can be drawn among candidates."""
     slot = slot_of(model)
     if slot is None or slot.decoding == "dense":
         return None
     head, settings = slot.head, read_sampler(sampler)
-    readable = read_processors(processors, head.vocab_size)
-    if settings is None or readable is None:
+    read = Processors(processors, head.vocab_size)
+    if settings is None or read.readable is None:
         return None
-    return (head, settings, readable) if fits(head, settings) else None
+    return (slot, settings, read) if fits(head, settings) else None
+
+
+_Drawn = masked.Choice | Drawn
 
 
 class _DenseStandIn:
@@ -126,8 +139,8 @@ class _Turn:
     def __init__(self, sampler: Callable[[mx.array], mx.array] | None):
         self._own = sampler or (lambda x: mx.argmax(x, axis=-1))
         self.model: _StandIn | None = None  # that was called last
-        self.drawn: Drawn | None = None  # for its logits
-        self.on_sample: Callable[[Drawn | None], None] = lambda drawn: None
+        self.drawn: _Drawn | None = None  # for its logits
+        self.on_sample: Callable[[_Drawn | None], None] = lambda drawn: None
 
     def sampler(self, logits: mx.array) -> mx.array:
         self.on_sample(self.drawn)
@@ -136,56 +149,89 @@ class _Turn:
         return self.drawn.tokens[-logits.shape[0] :]
 
 
+class _Unread(mx.array):
+    """Logits of one position that nobody reads, evaluated: what mlx-lm makes of them
+    before and after sampling are they themselves, so that it computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__([[[0.0]]])
+
+    def __getitem__(self, index: Any) -> _Unread:
+        return self
+
+    def __sub__(self, other: Any) -> _Unread:
+        return self
+
+    def squeeze(self, *args: Any, **kwargs: Any) -> _Unread:
+        return self
+
+
 class _StandIn:
-    """Stands in for a model: it draws the tokens, and its logits are zeros.
+    """Stands in for a model: it draws the tokens, and its logits are none.
 
     Args:
         model: The model.
-        head: Its FlashHead; ``None`` leaves all to the model.
+        slot: Where its head stood; ``None`` leaves all to the model.
         longest: Positions at once that are drawn; more are a prompt.
+        untold: Tokens at first that processors are not told of.
+        before: Tokens of the prompt for which nothing is drawn.
     """
 
     def __init__(
         self,
         turn: _Turn,
         model: nn.Module,
-        head: FlashHead | None,
+        slot: FlashLinear | None,
         settings: Settings,
         keys: Keys,
         processors: Sequence[Processor] = (),
         longest: int = 1,
+        untold: int = 0,
+        masks: Sequence[TokenMask] = (),
+        before: int = 0,
     ):
         self._turn = turn
         self._model = model
-        self._head = head
+        self._slot = slot
         self._settings = settings
         self._keys = keys
         self._processors = processors
         self._longest = longest
+        self._untold = untold
+        self._masks = masks
+        self._before = before
         self._tokens: list[mx.array] = []
+        self._logits = _Unread()
+        # Whoever asks for the signature sees the model's; a call looks at the class.
+        vars(self)["__call__"] = model.__call__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, inputs: mx.array, **kwargs: Any) -> mx.array:
         self._turn.model, self._turn.drawn = self, None
-        if self._processors and inputs.size:
+        told = inputs.size and self._untold <= 0
+        if told and (self._processors or self._masks):
             self._tokens = [mx.concatenate([*self._tokens, inputs[0]])]
-        n = inputs.shape[1]
-        if self._head is None or n > self._longest:
+        self._untold -= inputs.shape[1]
+        embeddings = kwargs.get("input_embeddings")
+        n = (inputs if embeddings is None else embeddings).shape[1]
+        self._before -= n
+        if self._slot is None or n > self._longest or self._before >= 0:
             return self._model(inputs, **kwargs)
-        if n > 1 and prefers_dense(self._head, n, self._settings.sorts):
+        head = self._slot.head
+        if n > 1 and prefers_dense(head, n, self._settings.sorts):
             return self._model(inputs, **kwargs)
-        h = hidden_state(self._head, self._model, inputs, **kwargs)
-        self._turn.drawn = draw(
-            self._head,
-            self._settings,
-            h.reshape(-1, h.shape[-1]),
-            self._keys.next(self._settings),
-            self._processors if self._tokens else (),
-            *self._tokens,
+        h = hidden_state(head, self._model, inputs, **kwargs)
+        key = self._keys.next(self._settings)
+        states = h.reshape(-1, h.shape[-1])
+        context = self._tokens[0] if self._tokens else None
+        processors = () if context is None else self._processors
+        self._turn.drawn = draw_allowed(
+            *(self._slot, self._settings, states, key),
+            *(self._masks, processors, context),
         )
-        return mx.zeros((*h.shape[:-1], 1))
+        return self._logits if n == 1 else mx.zeros((*h.shape[:-1], 1))
 
 
 def generate_step(stock: Step) -> Step:
@@ -201,28 +247,44 @@ def generate_step(stock: Step) -> Step:
             yield from exact_generate_step(stock, slot, prompt, model, *args, **kwargs)
             return
         request = read_request(model, *options)
-        if kwargs.get("input_embeddings") is not None:
-            request = None  # mlx-lm looks at the model's signature
-        if request is None or slot is None:
+        embeddings = kwargs.get("input_embeddings")
+        if request is None:
             yield from stock(prompt, model, *args, **kwargs)
             return
-        head, settings, processors = request
-        if dense_is_faster(slot, model, settings, options[0], 1):
-            yield from stock(prompt, _DenseStandIn(model, head), *args, **kwargs)
+        slot, settings, read = request
+        if embeddings is None and dense_is_faster(slot, model, settings, options[0], 1):
+            yield from stock(prompt, _DenseStandIn(model, slot.head), *args, **kwargs)
             return
         turn = _Turn(None)
-        drawn: deque[Drawn | None] = deque()
+        drawn: deque[_Drawn | None] = deque()
         turn.on_sample = drawn.append
-        stand_in = _StandIn(turn, model, head, settings, Keys(), processors)
+        stand_in = _StandIn(
+            turn,
+            model,
+            slot,
+            settings,
+            Keys(model),
+            read.readable or (),
+            untold=_untold(stock, len(prompt)),
+            masks=read.masks,
+            before=len(prompt if embeddings is None else embeddings) - 1,
+        )
         kwargs.update(sampler=turn.sampler, logits_processors=None)
         steps = stock(prompt, stand_in, *args, **kwargs)
         with closing(steps):
             for token, _ in steps:
                 latest = drawn.popleft()
                 assert latest is not None  # one position is no prompt
-                yield token, logprobs(head, latest)[0]
+                yield token, log_probabilities(slot.head, latest)[0]
 
     return generate_step
+
+
+def _untold(stock: Step, prompt_length: int) -> int:
+    """Tokens of a prompt that mlx-lm's processors are not told of: before 0.32, all but
+    the last."""
+    new = "stream" in inspect.signature(stock).parameters
+    return 0 if new else prompt_length - 1
 
 
 def exact_generate_step(
@@ -234,14 +296,13 @@ def exact_generate_step(
     **kwargs: Any,
 ) -> Iterator[tuple[int, mx.array]]:
     """mlx-lm's ``generate_step``, whose tokens are the dense head's own."""
-    head, embeddings = slot.head, kwargs.get("input_embeddings")
-    if head.transform is None or embeddings is not None:
+    if slot.head.transform is None:
         # The slot answers with the dense product.
         yield from stock(prompt, model, *args, **kwargs)
         return
     processors = kwargs.get("logits_processors") or []
     decoder = exact_decoder(slot, model, kwargs.get("sampler"), processors)
-    stand_in = _ExactStandIn(decoder, model, len(prompt), kwargs)
+    stand_in = _ExactStandIn(stock, decoder, model, prompt, kwargs)
     kwargs.update(sampler=stand_in.sampler, logits_processors=None)
     steps = stock(prompt, stand_in, *args, **kwargs)
     try:
@@ -254,52 +315,62 @@ def exact_generate_step(
 
 class _ExactStandIn:
     """Stands in for a model whose tokens an :class:`ExactDecoder` finds: its logits are
-    zeros.
+    none.
 
     Args:
+        stock: mlx-lm's ``generate_step``.
         decoder: Finds them.
         model: The model.
-        prompt_length: Tokens of the prompt.
+        prompt: Its tokens; empty where there are only embeddings.
         options: What ``generate_step`` was called with.
     """
 
     def __init__(
         self,
+        stock: Step,
         decoder: ExactDecoder,
         model: nn.Module,
-        prompt_length: int,
+        prompt: mx.array,
         options: dict[str, Any],
     ):
         self._decoder = decoder
         self._model = model
         # The prompt's last token is the first step; the others come in pieces, which
         # may be of one token, too, and mlx-lm asks for nothing after them.
-        self._before = prompt_length - 1
+        embeddings = options.get("input_embeddings")
+        self._before = len(prompt if embeddings is None else embeddings) - 1
+        self._untold = _untold(stock, len(prompt))
         self.verified: deque[Verified] = deque()
         # mlx-lm takes one step more than it yields tokens.
         n = options.get("max_tokens", 256)
         self._left = n + 1 if n >= 0 else 1 << 62
         self._quantized_from: int | None = None
         if options.get("kv_bits") is not None:
-            self._quantized_from = options.get("quantized_kv_start", 5000)
+            default = inspect.signature(stock).parameters["quantized_kv_start"].default
+            self._quantized_from = options.get("quantized_kv_start", default)
         self._context: list[mx.array] = []
+        self._logits = _Unread()
+        vars(self)["__call__"] = model.__call__  # for its signature
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, inputs: mx.array, **kwargs: Any) -> mx.array:
         decoder = self._decoder
-        if decoder.processors and inputs.size:
+        if decoder.processors and inputs.size and self._untold <= 0:
             self._context = [mx.concatenate([*self._context, inputs[0]])]
+        self._untold -= inputs.shape[1]
         if self._before > 0:
-            self._before -= inputs.shape[1]
+            embeddings = kwargs.get("input_embeddings")
+            self._before -= (inputs if embeddings is None else embeddings).shape[1]
             return self._model(inputs, **kwargs)
         context = self._context[0] if self._context else mx.zeros((0,), mx.uint32)
-        cache = kwargs.get("cache")
+        cache = kwargs.pop("cache", None)
         at_most = min(self._left, self._until_quantized(cache))
         self._left -= 1
-        self.verified.append(decoder.next(inputs[0], cache, context, at_most))
-        return mx.zeros((1, 1, 1))
+        found = decoder.next(inputs[0], cache, context, at_most, **kwargs)
+        self.verified.append(found)
+        return self._logits
 
     def _until_quantized(self, cache: Any) -> int:
         """Steps that can be taken at once: mlx-lm quantizes the caches between steps,
@@ -328,7 +399,7 @@ def speculative_generate_step(stock: Step) -> Step:
     ) -> Iterator[tuple[int, mx.array, bool]]:
         count = _acceptance.get() or Acceptance()
         sampler, processors = kwargs.get("sampler"), kwargs.get("logits_processors")
-        turn, keys = _Turn(sampler), Keys()
+        turn, keys = _Turn(sampler), Keys(model)
 
         def stand_in(model: nn.Module, longest: int) -> _StandIn:
             slot = slot_of(model)
@@ -336,32 +407,30 @@ def speculative_generate_step(stock: Step) -> Step:
             own = slot is not None and slot.decoding != "approximate" and longest > 2
             leave = processors or own
             request = None if leave else read_request(model, sampler, None)
-            head, settings, _ = request or (None, Settings(), [])
-            return _StandIn(turn, model, head, settings, keys, (), longest)
+            drawn_at, settings, _ = request or (None, Settings(), None)
+            return _StandIn(turn, model, drawn_at, settings, keys, (), longest)
 
         target = stand_in(model, _LONGEST_DRAFT)
         draft = stand_in(draft_model, 2)
-        verified: Drawn | None = None
-        n_yielded = 0  # of the tokens that were verified at once
+        # Of the tokens that were verified at once, those not yet yielded.
+        lazy: deque[mx.array] = deque()
 
-        def on_sample(drawn: Drawn | None) -> None:
-            nonlocal verified, n_yielded
+        def on_sample(drawn: _Drawn | None) -> None:
             if turn.model is draft:
                 count.proposed += 1
-            else:
-                verified, n_yielded = drawn, 0
+                return
+            lazy.clear()
+            if drawn is not None:
+                assert target._slot is not None
+                lazy.extend(log_probabilities(target._slot.head, drawn))
 
         turn.on_sample = on_sample
         kwargs["sampler"] = turn.sampler
         steps = stock(prompt, target, draft, *args, **kwargs)
         with closing(steps):
             for token, plain, from_draft in steps:
-                drawn, n = verified, n_yielded
-                n_yielded += 1
                 count.accepted += from_draft
-                if drawn is not None and target._head is not None:
-                    plain = logprobs(target._head, drawn)[n]
-                yield token, plain, from_draft
+                yield token, lazy.popleft() if lazy else plain, from_draft
 
     return speculative_generate_step
 
@@ -373,7 +442,7 @@ def batch_step(stock: Step) -> Step:
     @wraps(stock)
     def _step(self: Any) -> tuple[list[int], list[mx.array]]:
         if not hasattr(self, "_flash"):
-            self._flash = slot_of(self.model), Keys()
+            self._flash = slot_of(self.model), Keys(self.model)
         slot, keys = self._flash
         if slot is None or not self.uids:
             return stock(self)
@@ -383,11 +452,11 @@ def batch_step(stock: Step) -> Step:
         leave(self)
         if slot.decoding != "approximate":
             return stock(self)  # the slot answers densely
-        sequences = range(len(self.uids))
-        requests = [_Request.read(self, e, head.vocab_size) for e in sequences]
-        if not fits(head, Settings()):
-            return stock(self)
-        if _dense_is_faster(slot, self.model, requests):
+        options = [options_of(self, e) for e in range(len(self.uids))]
+        drawing = batch_draw(slot, options, self.model)
+        if drawing is None:
+            if not fits(head, Settings()):
+                return stock(self)
             with densely(head):
                 return stock(self)
         self._current_tokens = inputs = self._next_tokens
@@ -395,11 +464,11 @@ def batch_step(stock: Step) -> Step:
         h = hidden_state(head, self.model, inputs[:, None], cache=self.prompt_cache)
         h = h[:, -1]
         contexts: dict[int, mx.array] = {}
-        for e, request in enumerate(requests):
-            if request.processors:
+        for e, (_, processors) in enumerate(options):
+            if processors:
                 context = self._token_context[e]
                 contexts[e] = context.update_and_fetch(inputs[e : e + 1])
-        tokens, lazy = _draw_batch(head, requests, h, keys, contexts)
+        tokens, lazy = drawing(h, keys, contexts)
         self._next_tokens, self._next_logprobs = tokens, lazy
         mx.async_eval(tokens, list(contexts.values()))
         mx.eval(inputs)
@@ -416,20 +485,22 @@ class _Request:
     """How the tokens of one sequence of a batch are to be drawn; ``settings`` and
     ``readable`` are ``None`` where sampler and processors are not mlx-lm's own."""
 
-    sampler: Callable[[mx.array], mx.array]
-    processors: Sequence[Callable[[mx.array, mx.array], mx.array]]
+    sampler: Sampler
+    processors: Sequence[LogitsProcessor]
     settings: Settings | None
     readable: list[Processor] | None
+    masks: list[TokenMask]
 
     @classmethod
-    def read(cls, batch: Any, e: int, vocab_size: int) -> _Request:
-        sampler, processors = options_of(batch, e)
-        readable = read_processors(processors, vocab_size)
-        return cls(sampler, processors, read_sampler(sampler), readable)
+    def read(cls, options: Options, vocab_size: int) -> _Request:
+        sampler, processors = options
+        read = Processors(processors, vocab_size)
+        settings = read_sampler(sampler)
+        return cls(sampler, read.all, settings, read.readable, read.masks)
 
 
 def _dense_is_faster(
-    slot: FlashLinear, model: nn.Module, requests: list[_Request]
+    slot: FlashLinear, model: nn.Module | None, requests: list[_Request]
 ) -> bool:
     """As :func:`.tuner.dense_is_faster`, by the sequence that takes longest densely."""
     settings: Settings = Settings()
@@ -438,6 +509,8 @@ def _dense_is_faster(
         own = request.settings
         if own is not None and fits(slot.head, own) and _rank(own) > _rank(settings):
             settings, sampler = own, request.sampler
+    if model is None:
+        return prefers_dense(slot.head, len(requests), settings.sorts)
     return dense_is_faster(slot, model, settings, sampler, len(requests))
 
 
@@ -445,8 +518,31 @@ def _rank(settings: Settings) -> int:
     return KINDS.index(kind_of(settings))
 
 
+def batch_draw(
+    slot: FlashLinear, options: Sequence[Options], model: nn.Module | None = None
+) -> BatchDraw | None:
+    """How the tokens of a batch are drawn among candidates.
+
+    Args:
+        slot: Where the model's head stood.
+        options: Sampler and logits processors of each sequence.
+        model: The model, where its steps may be measured.
+
+    Returns:
+        A function of hidden states ``[B, D]``, keys and, by the number of their
+        sequence, the tokens so far of those that have processors. It gives tokens
+        ``[B]`` and lazy log-probabilities, ``[V]`` each. ``None`` where the dense
+        product is as fast.
+    """
+    head = slot.head
+    requests = [_Request.read(one, head.vocab_size) for one in options]
+    if not fits(head, Settings()) or _dense_is_faster(slot, model, requests):
+        return None
+    return partial(_draw_batch, slot, requests)
+
+
 def _draw_batch(
-    head: FlashHead,
+    slot: FlashLinear,
     requests: list[_Request],
     h: mx.array,
     keys: Keys,
@@ -454,6 +550,7 @@ def _draw_batch(
 ) -> tuple[mx.array, list[mx.array]]:
     """Tokens ``[B]`` and lazy log-probabilities, a list of ``[V]``, for ``h [B, D]``:
     at once for the sequences that agree in their settings and have no processors."""
+    head = slot.head
     groups: dict[Any, list[int]] = {}
     for e, request in enumerate(requests):
         simple = request.settings is not None and fits(head, request.settings)
@@ -470,9 +567,11 @@ def _draw_batch(
         if settings is not None and processors is not None and fits(head, settings):
             context = contexts.get(rows[0])
             key = keys.next(settings)
-            drawn = draw(head, settings, states, key, processors, context)
+            drawn = draw_allowed(
+                *(slot, settings, states, key, request.masks, processors, context)
+            )
             tokens.append(drawn.tokens)
-            lazy += list(logprobs(head, drawn))
+            lazy += log_probabilities(head, drawn)
         else:
             logits = full_logits(head, states)
             for processor in request.processors:
@@ -500,3 +599,23 @@ def exact(stock: Step) -> Step:
             return stock(first, *args, **kwargs)
 
     return scored
+
+
+def top_logprobs(stock: Step) -> Step:
+    """``_format_top_logprobs`` of mlx-lm's server, without making all of them."""
+
+    @wraps(stock)
+    def format(logprobs: mx.array, top_n: int, tokenizer: Any) -> Any:
+        found = None
+        if top_n > 0 and isinstance(logprobs, LogProbs):
+            found = logprobs.top(top_n)
+        if found is None:
+            return stock(logprobs, top_n, tokenizer)
+        ids, values = (cast(list[Any], a.tolist()) for a in found)
+        texts = tokenizer.convert_ids_to_tokens(ids)
+        return tuple(
+            {"id": i, "token": text, "logprob": value}
+            for i, text, value in zip(ids, texts, values, strict=True)
+        )
+
+    return format

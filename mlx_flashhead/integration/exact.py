@@ -22,16 +22,16 @@ from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from ..head import FlashHead, prefers_dense
-from ..sampling import Processor, Settings, coupled, draw, fits
+from ..sampling import Processor, Settings, coupled, dense_logprobs, draw, fits
 from ..sampling.draw import known_transform, rules_of
-from ..sampling.steps import run
 from ..tuning import Watch
+from .grammar import Processors
 from .keys import Keys
+from .masking import MaskedChunk
 from .rollback import Rollback, supported
-from .samplers import read_processors, read_sampler
+from .samplers import read_sampler
 from .slots import FlashLinear, hidden_state
 
 Sampler = Callable[[mx.array], mx.array]
@@ -115,35 +115,41 @@ class ExactDecoder:
         sampler: mlx-lm's or the user's; it is given log-probabilities ``[1, V]``.
           ``None`` is greedy.
         processors: Logits processors, likewise.
+        seed: Of the keys; ``None`` leaves it to MLX's generator.
+        position: Of the first token that is chosen, for its key.
+        settings: Those of the sampler, where they cannot be read.
         watch: Says how to draft; by default as the slot is set to.
-        keys: Of the draws; by default from a place that MLX's generator chooses.
     """
 
     def __init__(
         self,
         slot: FlashLinear,
-        model: nn.Module,
+        model: Callable[..., Any],
         sampler: Sampler | None,
         processors: Sequence[LogitsProcessor],
+        *,
+        seed: int | None = None,
+        position: int = 0,
+        settings: Settings | None = None,
         watch: Watch | None = None,
-        keys: Keys | None = None,
     ):
         self.slot, self.head, self.model = slot, slot.head, model
         self.sampler: Sampler = sampler or (lambda x: mx.argmax(x, axis=-1))
-        self.processors = processors
-        # Those of the sampler, where they are known; the processors, where all are.
-        self.settings: Settings | None = read_sampler(sampler)
-        self.readable: list[Processor] | None = read_processors(
-            processors, self.head.vocab_size
-        )
-        self.keys = keys or Keys()
+        read = Processors(processors, self.head.vocab_size)
+        self.processors: list[LogitsProcessor] = read.all
+        self.masks = read.masks
+        # Those of the sampler, where they are known; the processors beside the masks,
+        # where all are.
+        self.settings: Settings | None = settings or read_sampler(sampler)
+        self.readable: list[Processor] | None = read.readable
+        self.keys = Keys(model, seed)
         self.watch = watch or Watch(self.head.n_probes, slot.verify_every)
         self.count = _verification.get() or Verification()
         self._ahead: deque[Verified] = deque()
         self._due: deque[Verified] = deque()  # the same, once their steps are undone
         self._rollback: Rollback | None = None
         self._served = 0  # steps of the chunk that the caller knows of
-        self._position = 0  # of the next token to be chosen, for its key
+        self._position = position  # of the next token to be chosen, for its key
 
     @property
     def known(self) -> bool:
@@ -163,22 +169,28 @@ class ExactDecoder:
         )
 
     def next(
-        self, token: mx.array, cache: Any, context: mx.array, at_most: int
+        self,
+        token: mx.array,
+        cache: Any,
+        context: mx.array,
+        at_most: int,
+        **options: Any,
     ) -> Verified:
         """What follows ``token [1]``, whose step this is.
 
         Args:
-            token: The token before.
+            token: The token before; ``[0]`` where ``options`` have its embedding.
             cache: The prompt cache, which is where that token left it.
             context: The tokens so far, that one included, ``[n]``.
             at_most: Further steps that the caller will take, at most.
+            options: What the model is called with in this step, besides.
         """
         if self._due:
-            self._step(token, cache)
+            self._step(token, cache, **options)
             return self._due.popleft()
         if not self._ahead:
             self.close()
-            self._run(token, cache, context, at_most)
+            self._run(token, cache, context, at_most, **options)
         self._served += 1
         return self._ahead.popleft()
 
@@ -191,6 +203,11 @@ class ExactDecoder:
         self._rollback, self._served = None, 0
         self._due.extend(self._ahead)
         self._ahead.clear()
+
+    def restart(self) -> None:
+        """The same, and forget what was verified: another token comes next."""
+        self.close()
+        self._due.clear()
 
     @property
     def due(self) -> Verified | None:
@@ -210,46 +227,64 @@ class ExactDecoder:
         else:
             self._position += 1
 
-    def _step(self, token: mx.array, cache: Any) -> None:
+    def _step(self, token: mx.array, cache: Any, **options: Any) -> None:
         """Only the body's step of a token whose successor is verified."""
-        mx.async_eval(hidden_state(self.head, self.model, token[None], cache=cache))
+        h = hidden_state(self.head, self.model, token[None], cache=cache, **options)
+        mx.async_eval(h)
         self.count.steps += 1
 
     def _run(
-        self, token: mx.array, cache: Any, context: mx.array, at_most: int
+        self,
+        token: mx.array,
+        cache: Any,
+        context: mx.array,
+        at_most: int,
+        **options: Any,
     ) -> None:
         """Draft and verify a chunk that begins with ``token``."""
         plan = self.watch.next()
-        size = min(plan.verify_every, at_most)
-        if size <= 1 or not self.drafts(cache):
-            self._undrafted(token, cache, context)
+        size = max(1, min(plan.verify_every, at_most))
+        if size > 1 and not self.drafts(cache):
+            size = 1
+        self._rollback = None
+        if size == 1 and not self.masks:
+            self._found([self.choose(token, cache, context, **options)], 1)
             return
         head = self.slot.probing(plan.n_probes)
-        self._rollback = Rollback(cache)
-        self._rollback.mark()
+        if size > 1:
+            self._rollback = Rollback(cache)
+            self._rollback.mark()
         states: list[mx.array] = []
         tokens = [token]
+        masks = None
+        if self.masks:
+            stops = self.slot.stop_tokens
+            masks = MaskedChunk(head, self.masks, context, stops)
         while True:
-            self._rollback.step()
-            h = hidden_state(self.head, self.model, tokens[-1][None], cache=cache)
+            if self._rollback is not None:
+                self._rollback.step()
+            latest = tokens[-1][None]
+            h = hidden_state(self.head, self.model, latest, cache=cache, **options)
+            options = {}
             states.append(h[:, -1])
+            if masks is not None:
+                mx.async_eval(states[-1])  # the device works while the mask is made
+                if not masks.look(tokens):
+                    del states[-1], tokens[-1]
+                    break
             if len(states) == size or self._ends(tokens):
                 break
-            i = len(tokens) - 1
-            tokens.append(self.draft(head, states[-1], i, context, tokens))
+            tokens.append(self.draft(head, states[-1], context, tokens, masks))
             mx.async_eval(tokens[-1])
-        chosen = self.verify(mx.concatenate(states), tokens, context)
+        if masks is not None and self.known and masks.undecided:
+            self.draft(head, states[-1], context, tokens, masks)
+        chosen = self.verify(states, tokens, context, masks)
         n_drafted = min(len(chosen), len(tokens) - 1)
         n_accepted = n_drafted - (len(chosen) < len(states))
         self.watch.saw(plan.n_probes, n_drafted, n_accepted)
         self.count.drafted += n_drafted
         self.count.accepted += n_accepted
         self._found(chosen, len(states))
-
-    def _undrafted(self, token: mx.array, cache: Any, context: mx.array) -> None:
-        """One token by a dense product of its own."""
-        self._rollback = None
-        self._found([self.choose(token, cache, context)], 1)
 
     def _found(self, chosen: list[Verified], n_steps: int) -> None:
         self.count.steps += n_steps
@@ -258,12 +293,14 @@ class ExactDecoder:
         self._position += len(chosen)
         self._ahead.extend(chosen)
 
-    def choose(self, token: mx.array, cache: Any, context: mx.array) -> Verified:
-        """What follows ``token [1]``, by a dense product of its own. As in mlx-lm's own
-        steps nothing waits for the device, unless a filter may keep more than is looked
-        at first."""
+    def choose(
+        self, token: mx.array, cache: Any, context: mx.array, **options: Any
+    ) -> Verified:
+        """What follows ``token [1]``, by a dense product of its own, as :meth:`next` is
+        given it. As in mlx-lm's own steps nothing waits for the device, unless a filter
+        may keep more than is looked at first."""
         head = self.head
-        h = hidden_state(head, self.model, token[None], cache=cache)[:, -1]
+        h = hidden_state(head, self.model, token[None], cache=cache, **options)[:, -1]
         logits = known_transform(head)(head.clustered(h))
         if self.settings is None or self.readable is None:
             logprobs = self.logprobs(logits, context)
@@ -271,7 +308,7 @@ class ExactDecoder:
         if self.readable:
             logits = coupled.process(head, self.readable, context, logits)
         drawn = certainly(head, self.settings, logits, self.key[None])
-        return Verified(drawn, run(head, log_softmax, (), logits))
+        return Verified(drawn, dense_logprobs(head, logits)[0])
 
     def _ends(self, tokens: list[mx.array]) -> bool:
         """Whether the last draft but one ends the text: the device works on the last
@@ -283,67 +320,103 @@ class ExactDecoder:
         self,
         head: FlashHead,
         h: mx.array,
-        i: int,
         context: mx.array,
         tokens: list[mx.array],
+        masks: MaskedChunk | None = None,
     ) -> mx.array:
         """What is drafted after ``tokens``, a chunk's so far, ``[1]`` each, and the
-        hidden state ``h [1, D]``; the chunk's number i."""
-        if self.readable:
-            context = mx.concatenate([context, *tokens[1:]])
+        hidden state ``h [1, D]``."""
         # Of a sampler that is not known the likeliest token is the best guess.
         settings, readable = self.settings or Settings(), self.readable or []
-        return draw(head, settings, h, self._key(i), readable, context).tokens
+        key = self._key(len(tokens) - 1)
+        if masks is not None:
+            return masks.draft(settings, h, key, readable)
+        if readable:
+            context = mx.concatenate([context, *tokens[1:]])
+        return draw(head, settings, h, key, readable, context).tokens
 
     def _key(self, i: int) -> mx.array:
         return self.keys.at(self._position + i, self.settings or Settings())
 
     def verify(
-        self, states: mx.array, tokens: list[mx.array], context: mx.array
+        self,
+        states: list[mx.array],
+        tokens: list[mx.array],
+        context: mx.array,
+        masks: MaskedChunk | None = None,
     ) -> list[Verified]:
         """What the dense head chooses after each of a chunk's tokens, until it differs
         from the draft.
 
         Args:
-            states: What the head was given, ``[k, D]``.
+            states: What the head was given, k of ``[1, D]``.
             tokens: The chunk, k tokens ``[1]``; all but the first are drafts.
             context: The tokens before, the first one included, ``[n]``.
+            masks: What a grammar allows.
         """
-        logits = known_transform(self.head)(self.head.clustered(states))
-        choose = self._choose_together if self.known else self._choose_in_turn
-        return choose(logits, tokens, context)
+        sure = masks.sure if masks is not None and self.known else {}
+        rows = [i for i in range(len(states)) if i not in sure]
+        logits = None
+        if rows:
+            these = mx.concatenate([states[i] for i in rows])
+            logits = known_transform(self.head)(self.head.clustered(these))
+        if self.known:
+            return self._choose_together(logits, tokens, context, masks)
+        assert logits is not None  # nothing is sure
+        return self._choose_in_turn(logits, tokens, context)
 
     def _choose_together(
-        self, logits: mx.array, tokens: list[mx.array], context: mx.array
+        self,
+        logits: mx.array | None,
+        tokens: list[mx.array],
+        context: mx.array,
+        masks: MaskedChunk | None,
     ) -> list[Verified]:
         """Tokens up to the first difference, for settings that are known: all positions
-        at once."""
+        at once. Those of which masks make sure have no logits."""
         head, settings, readable = self.head, self.settings, self.readable
         assert settings is not None and readable is not None
-        if readable:
-            so_far = mx.concatenate([context, *tokens[1:]])
-            first = len(context)
-            logits = mx.concatenate(
-                [
-                    coupled.process(
-                        head, readable, so_far[: first + i], logits[i : i + 1]
-                    )
-                    for i in range(len(logits))
-                ]
-            )
-        keys = self.keys.several(self._position, len(logits), settings)
-        drawn = coupled.draw(head, settings, logits, keys)
-        drafts = mx.concatenate(tokens)[1:]
-        mx.eval(drawn, drafts)  # all at once: each wait for the device takes its time
-        found, drafted = _values(drawn.tokens), _values(drafts)
-        certain = _values(drawn.certain)
+        sure = masks.sure if masks is not None else {}
+        n = len(sure) + (0 if logits is None else len(logits))
+        rows = [i for i in range(n) if i not in sure]
+        drafts = mx.concatenate([mx.zeros((0,), mx.uint32), *tokens[1:]])
+        if logits is not None:
+            if masks is not None:
+                may_come = mx.stack([masks.allowed[i].clustered for i in rows])
+                logits = mx.where(may_come, logits, -mx.inf)
+            if readable:
+                so_far = mx.concatenate([context, *tokens[1:]])
+                first = len(context)
+                logits = mx.concatenate(
+                    [
+                        coupled.process(
+                            head, readable, so_far[: first + i], logits[r : r + 1]
+                        )
+                        for r, i in enumerate(rows)
+                    ]
+                )
+            keys = self.keys.several(self._position, n, settings)
+            keys = keys if masks is None else keys[mx.array(rows)]
+            drawn = coupled.draw(head, settings, logits, keys)
+            # All at once: each wait for the device takes its time.
+            mx.eval(drawn, drafts)
+            found, certain = _values(drawn.tokens), _values(drawn.certain)
+            lazy = dense_logprobs(head, logits)
+        drafted = _values(drafts)
         chosen: list[Verified] = []
-        for i, token in enumerate(found):
-            row = logits[i : i + 1]
-            if not certain[i]:
-                key, every = keys[i : i + 1], head.n_clusters
-                token = _value(coupled.draw(head, settings, row, key, every).tokens)
-            chosen.append(Verified(token, run(head, log_softmax, (), row)))
+        for i in range(n):
+            logprobs: mx.array
+            if i in sure:
+                token, logprobs = _value(sure[i].tokens), sure[i].logprobs()[0]
+            else:
+                assert logits is not None
+                r = rows.index(i)
+                row, token = logits[r : r + 1], found[r]
+                if not certain[r]:
+                    key, every = keys[r : r + 1], head.n_clusters
+                    token = _value(coupled.draw(head, settings, row, key, every).tokens)
+                logprobs = lazy[r]
+            chosen.append(Verified(token, logprobs))
             if i < len(drafted) and token != drafted[i]:
                 break
         return chosen
@@ -374,7 +447,8 @@ class ExactDecoder:
             context: The tokens so far, ``[n]``.
         """
         row = logits[:, self.head.positions]
-        for processor in self.processors:
+        # mlx-lm asks none before there is a token.
+        for processor in self.processors if len(context) else ():
             row = processor(context, row)
         return row - mx.logsumexp(row, axis=-1, keepdims=True)
 
@@ -403,10 +477,3 @@ def _value(token: mx.array) -> int:
 
 def _values(tokens: mx.array) -> list[int]:
     return cast(list[int], tokens.tolist())
-
-
-def log_softmax(head: FlashHead, row: mx.array) -> mx.array:
-    """Log-probabilities ``[V]`` in vocabulary order of logits in cluster order, ``[1,
-    V]``."""
-    row = row[0, head.positions]
-    return row - mx.logsumexp(row)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..sampling import Settings
 
@@ -14,11 +15,15 @@ class Keys:
     reproducible as that is by ``mx.random.seed``.
 
     Args:
-        start: The place, two words of 32 bits; the generator is left alone then.
+        model: What draws. The processes that share a model (``model.shard``) have to
+            draw the same tokens: all take the place that the first one's generator
+            chose.
+        seed: Chooses the place instead.
     """
 
-    def __init__(self, start: list[int] | None = None) -> None:
-        self._start = start
+    def __init__(self, model: Any = None, seed: int | None = None) -> None:
+        self._model, self._seed = model, seed
+        self._start: list[int] | None = None
         self._n = 0
 
     def next(self, settings: Settings) -> mx.array:
@@ -35,8 +40,22 @@ class Keys:
         if settings.greedy:
             return mx.zeros((k, 2), dtype=mx.uint32)
         if self._start is None:
-            words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32)
+            key = None if self._seed is None else mx.random.key(self._seed)
+            words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32, key=key)
+            group = _group_of(self._model)
+            if group is not None:
+                words = words if group.rank() == 0 else mx.zeros_like(words)
+                words = mx.distributed.all_sum(words, group=group, stream=mx.cpu)
             self._start = cast(list[int], words.tolist())
         high, low = self._start
         keys = [[high, (low + n + i) & 0xFFFFFFFF] for i in range(k)]
         return mx.array(keys, dtype=mx.uint32)
+
+
+def _group_of(model: nn.Module | None) -> mx.distributed.Group | None:
+    """The processes that share a model's layers, where several do."""
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        group = getattr(module, "group", None)
+        if isinstance(group, mx.distributed.Group) and group.size() > 1:
+            return group
+    return None

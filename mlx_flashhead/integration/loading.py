@@ -1,5 +1,5 @@
-"""Load a converted folder, with its FlashHead in place before anything of the dense
-head is read from disk.
+"""Load a model with its FlashHead, of its own folder or of a file, in place before
+anything of the dense head is read from disk.
 
 ``mlx_flashhead.load`` and the patched loaders of mlx-lm are these functions.
 """
@@ -7,6 +7,7 @@ head is read from disk.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,14 +15,23 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx_lm import utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..compute.device import for_device, on_gpu
 from ..compute.table import Table
 from ..folder import integrity
-from ..folder.format import load_head
-from ..folder.section import FormatError, has_section, read_section
+from ..folder.format import form_of, load_head, read_tensors
+from ..folder.section import (
+    HEAD_FILE,
+    FormatError,
+    Section,
+    has_section,
+    head_file,
+    read_config,
+    read_section,
+)
+from ..head import FlashHead
 from .locate import (
     HeadNotFound,
     find_transform,
@@ -30,8 +40,52 @@ from .locate import (
     get_module,
     head_table,
     place,
+    resolve_path,
+    twins,
 )
 from .slots import Decoding, FlashLinear, Origin
+
+# What mlx-lm downloads of a model, where no constant of its own says so (before 0.32).
+_PATTERNS = [
+    *("*.json", "*.jsonl", "*.jinja", "*.txt", "*.py", "*.tiktoken"),
+    *("model*.safetensors", "tokenizer.model", "tiktoken.model"),
+]
+
+
+def download_patterns() -> list[str]:
+    """Names of the files that a model consists of on the hub, its FlashHead's too."""
+    return [*getattr(utils, "DEFAULT_ALLOW_PATTERNS", _PATTERNS), HEAD_FILE]
+
+
+def download(
+    stock: Callable[..., Path],
+    path_or_hf_repo: str,
+    revision: str | None = None,
+    allow_patterns: list[str] | None = None,
+) -> Path:
+    """``mlx_lm.utils._download``, a FlashHead included where it is to be all that a
+    model has."""
+    return stock(path_or_hf_repo, revision, allow_patterns or download_patterns())
+
+
+def trusting(
+    stock: Callable[..., Any], folder: str | Path, trust_remote_code: bool
+) -> dict[str, Any]:
+    """The argument ``trust_remote_code`` for a loader of mlx-lm's, where it takes one.
+
+    Raises:
+        FormatError: It takes none, and would run the model's own code unasked (before
+          0.32).
+    """
+    if "trust_remote_code" in inspect.signature(stock).parameters:
+        return {"trust_remote_code": trust_remote_code}
+    own = None if trust_remote_code else read_config(folder).get("model_file")
+    if own is not None:
+        raise FormatError(
+            f"{folder}: the model brings code of its own, {own!r:.80}; "
+            "trust_remote_code=True (--trust-remote-code) lets it run"
+        )
+    return {}
 
 
 def switched_off() -> bool:
@@ -49,9 +103,10 @@ def load_model(
     exact: bool = True,
     verify_every: int | None = None,
     tune: bool = True,
+    flashhead: str | Path | None = None,
     **kwargs: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a model's folder, with its FlashHead if it has one.
+    """Load a model's folder, with its FlashHead if it has one, or another.
 
     Args:
         stock: ``mlx_lm.utils.load_model``, which loads the plain model.
@@ -64,39 +119,71 @@ def load_model(
         verify_every: Tokens that are verified at once, instead of the stored number.
         tune: Whether the head may be measured when it is first used, and decode as is
             fastest here.
+        flashhead: As :func:`find_flashhead` takes it, instead of the folder's own.
         args, kwargs: For ``stock``.
 
     Raises:
-        FormatError: The folder is damaged, or changed since its conversion.
+        FormatError: The folder is damaged, or changed since its conversion, or the
+          FlashHead is another model's.
     """
+    where: Path | None = None
+    if flashhead is not None and not switched_off():
+        where = find_flashhead(flashhead)
     with refusing(model_path):
-        converted = has_section(model_path)
-        decoding = _decoding(model_path, dense, exact) if converted else None
+        if where is None and has_section(model_path):
+            where = model_path
+        if not integrity.weight_files(model_path):
+            where = None  # mlx-lm's sharded_load asks for a model before its weights
+        decoding = None if where is None else _decoding(where, dense, exact)
         guard: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if converted:
-            n_tensors = integrity.check_sizes(model_path, head=decoding is not None)
+        if where is not None:
+            in_place = decoding is not None and where == model_path
+            n_tensors = integrity.check_sizes(model_path, head=in_place)
             guard = integrity.bounded(model_path, n_tensors)
         with guard:
             model, config = stock(model_path, True, *args, **kwargs)
-        if decoding is not None:
+        if where is not None and decoding is not None:
             install(
                 model,
-                model_path,
+                where,
                 decoding,
                 n_probes=n_probes,
                 verify_every=verify_every,
                 tune=tune,
-                stop_tokens=_stop_tokens(config),
+                stop_tokens=stop_tokens_of(config),
+                model_folder=model_path,
             )
-        elif converted:
+        elif where is not None:
             for_device(model)
     if not lazy:
         mx.eval(model.parameters())
     return model, config
 
 
-def _decoding(folder: Path, dense: bool, exact: bool) -> Decoding | None:
-    """How the model of a converted folder is to decode; ``None`` for the plain model's
+def find_flashhead(name: str | Path, what: str = "--flashhead") -> Path:
+    """Where a FlashHead is that was named by its file, a folder that has one, or the
+    Hugging Face id of either, which is downloaded: its file or folder.
+
+    Raises:
+        FormatError: There is none; errors of the hub come as they are.
+    """
+    path = Path(name)
+    if not path.exists():
+        if path.suffix == ".safetensors" or str(name).count("/") != 1:
+            raise FormatError(
+                f"{what} {name}: no such file or folder, and no Hugging Face id"
+            )
+        path = utils._download(str(name), allow_patterns=[HEAD_FILE, "config.json"])
+    if not head_file(path).is_file():
+        raise FormatError(
+            f"{what} {name} has no {HEAD_FILE}; make one: "
+            "mlx_flashhead.convert --hf-path MODEL --sidecar PATH"
+        )
+    return path
+
+
+def _decoding(where: Path, dense: bool, exact: bool) -> Decoding | None:
+    """How a model with this FlashHead is to decode; ``None`` for the plain model's
     own head."""
     if switched_off():
         return None
@@ -105,59 +192,79 @@ def _decoding(folder: Path, dense: bool, exact: bool) -> Decoding | None:
     # The plain model has the rows of the dense head, unless the stored ones decide. It
     # can be loaded even where the FlashHead is damaged.
     with contextlib.suppress(FormatError):
-        section = read_section(folder)
+        section = read_section(where)
         if section is not None and section.draft and section.draft.rows == "stored":
             return "dense"
     return None
 
 
-def _stop_tokens(config: dict[str, Any]) -> frozenset[int]:
+def stop_tokens_of(config: dict[str, Any]) -> frozenset[int]:
     """Ids that end a text, as a config has them."""
     ids = config.get("eos_token_id")
     return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
+def head_path(model: nn.Module, folder: str | Path, section: Section) -> str:
+    """Path of the model's head that a folder's FlashHead stands for.
+
+    Raises:
+        FormatError: The model has no such head.
+    """
+    try:
+        return resolve_path(model, section.head_path)
+    except HeadNotFound as e:
+        raise FormatError(f"{folder}: {e}; convert the model again") from None
+
+
 def install(
     model: nn.Module,
-    folder: str | Path,
+    where: str | Path,
     decoding: Decoding = "approximate",
     *,
     n_probes: int | None = None,
     verify_every: int | None = None,
     tune: bool = False,
     stop_tokens: frozenset[int] = frozenset(),
+    model_folder: str | Path | None = None,
 ) -> nn.Module:
-    """Put the FlashHead of a folder into its freshly loaded, lazy model.
+    """Put a FlashHead into a model that has its own head yet, best while it is lazy.
 
     Args:
         model: The model.
-        folder: The folder.
-        decoding: How it is to decode. But for ``"approximate"``, the rows are those
-            that the section's draft names, so that what is decoded is what the model
-            itself decodes.
+        where: The FlashHead's file, or a folder that has one.
+        decoding: How the model is to decode. But for ``"approximate"``, the rows are
+            those that the section's draft names, so that what is decoded is what the
+            model itself decodes.
         n_probes, verify_every: Instead of the stored numbers.
         tune: Whether it may be measured.
         stop_tokens: Tokens that end a text.
+        model_folder: Where the model lies, if that is known: what is found of its
+            files is remembered.
+
+    Raises:
+        FormatError: The FlashHead is damaged, or not this model's. The model is as it
+            was.
     """
-    section = read_section(folder)
-    assert section is not None  # has_section()
-    path = section.head_path
-    try:
-        table = head_table(get_module(model, path))
-    except (HeadNotFound, AttributeError) as e:
-        raise FormatError(f"{folder}: {e}; convert the model again") from None
+    if head_file(where).is_file():
+        integrity.check_safetensors(head_file(where))
+    section = read_section(where)
+    if section is None:
+        raise FormatError(f"{where} has no FlashHead; make one: mlx_flashhead.convert")
+    path = head_path(model, where, section)
+    module, paths = get_module(model, path), [path, *twins(model, path)]
+    table = head_table(module)
     draft = section.drafting
     approximate = decoding == "approximate"
-    own = None if approximate or draft.rows == "stored" else table
-    head = load_head(folder, section, find_transform(model, path), own)
-    dense = (*table.weight.shape[:-1], table.hidden_size)
-    if dense != (head.vocab_size, head.hidden_size):
-        raise FormatError(
-            f"{folder}: the head is {list(dense)} and its FlashHead "
-            f"{[head.vocab_size, head.hidden_size]}; convert the model again"
-        )
-    integrity.check_finite(folder, dict(tree_flatten(head.parameters())))
-    integrity.check_unchanged(folder, section, table)
+    own = not approximate and draft.rows == "model"
+    tensors = read_tensors(where, section)
+    if own and form_of(table) != section.rows:
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("rows.")}
+    integrity.check_finite(where, tensors)
+    del tensors  # what of it was read goes
+    integrity.check_unchanged(where, section, table, model_folder)
+    head = load_head(where, section, find_transform(model, path), table, own=own)
+    if not _same_bias(head, module.get("bias")):
+        raise FormatError(f"{where}: the head's bias is another; convert this model")
     if n_probes is not None or not approximate:
         head.n_probes = draft.n_probes if n_probes is None else n_probes
     unpacked = draft.rows == "stored" and not approximate and not table.quantized
@@ -166,12 +273,22 @@ def install(
         # and the plain model's rows would be float32, too.
         head.rows = Table(head.rows.dequantize(mx.float32), bits=32)
     for_device(model)
-    place(model, path, head)
+    for path in paths:
+        place(model, path, head)
     for slot in flash_slots(model):
         slot.decoding, slot.stop_tokens = decoding, stop_tokens
         slot.verify_every = verify_every or draft.verify_every
         slot.origin = Origin(section.to_json()["sha256"], draft) if tune else None
     return for_device(model)
+
+
+def _same_bias(head: FlashHead, bias: mx.array | None) -> bool:
+    """Whether a FlashHead has the bias ``[V]`` of a model's head, or none either."""
+    own: mx.array | None = head.get("bias")
+    if own is None or bias is None:
+        return own is bias
+    index = mx.where(head.token_ids < head.vocab_size, head.token_ids, 0)
+    return bool(mx.array_equal(bias.astype(own.dtype)[index], own).item())
 
 
 def load_tokenizer(

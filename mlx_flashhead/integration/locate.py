@@ -14,10 +14,12 @@ from mlx.utils import tree_unflatten
 from ..compute.table import Table
 from ..head import FlashHead
 from ..head.transform import Transform
-from .slots import FlashEmbedding, FlashLinear, intercepted
+from .slots import FlashEmbedding, FlashLinear, Rows, intercepted
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
+# What models of text and images name their text model.
+_TEXT_MODEL = "language_model"
 
 
 class HeadNotFound(ValueError):
@@ -40,7 +42,18 @@ def _watched(module: nn.Module, record: Record) -> Iterator[None]:
             return y if isinstance(self, _EMBEDDING) else record(x, y)
 
         def as_linear(self, x: mx.array) -> mx.array:
-            return record(x, super().as_linear(x))
+            y = super().as_linear(x)
+            return y if isinstance(self, nn.Embedding) else record(x, y)
+
+        @property
+        def weight(self) -> mx.array:
+            # What an embedding's as_linear multiplies with, and models without it.
+            rows: mx.array = self["weight"]
+            if isinstance(self, nn.QuantizedEmbedding):
+                return Rows(rows, self.as_linear)
+            if isinstance(self, nn.Embedding):
+                return Rows(rows, lambda x: record(x, x @ rows.T))
+            return rows
 
     module.__class__ = Watched
     try:
@@ -115,23 +128,60 @@ def find_head(model: nn.Module) -> str:
         vocab_size = _run(model, tokens).shape[-1]
     tried = [path for path, width in reversed(widths) if width == vocab_size]
     for path in dict.fromkeys(tried):
-        # Small values, so that soft-capping does not flatten the ramp.
-        ramp = mx.linspace(0.0, 1.0, vocab_size)
-
-        def replace(x: mx.array, y: mx.array, ramp: mx.array = ramp) -> mx.array:
-            return mx.broadcast_to(ramp, (*y.shape[:-1], vocab_size))
-
-        with _watched(layers[path], replace):
-            logits = _run(model, tokens)[0, -1].astype(mx.float32)
-        rises = (logits[1:] >= logits[:-1]).all() & (logits[-1] > logits[0])
-        if rises.item():
+        if _is_head(model, layers[path], vocab_size):
             return path
     wide = sorted({p for p, width in widths}, key=len)[:8] or sorted(layers)[:8]
     looked = ", ".join(tried) if tried else f"{', '.join(wide)} and others"
     raise HeadNotFound(
         f"no linear or embedding layer makes the {vocab_size} logits; "
-        f"looked at {looked}"
+        f"looked at {looked}; use a model whose logits come from one, each by itself"
     )
+
+
+def _is_head(model: nn.Module, module: nn.Module, vocab_size: int) -> bool:
+    """Whether the model's logits rise with what one of its layers is made to give."""
+    # Small values, so that soft-capping does not flatten the ramp.
+    ramp = mx.linspace(0.0, 1.0, vocab_size)
+
+    def replace(x: mx.array, y: mx.array) -> mx.array:
+        return mx.broadcast_to(ramp, (*y.shape[:-1], vocab_size))
+
+    with _watched(module, replace):
+        logits = _run(model, mx.array([[0, 1]]))[0, -1].astype(mx.float32)
+    if len(logits) != vocab_size:
+        return False
+    rises = (logits[1:] >= logits[:-1]).all() & (logits[-1] > logits[0])
+    return bool(rises.item())
+
+
+def resolve_path(model: nn.Module, path: str) -> str:
+    """Path of the head in a model of another package, such as mlx-vlm's, that stands at
+    ``path`` in mlx-lm's model of the same weights: with or without the text model's
+    name before it, or in a layer of its own where mlx-lm has a tied one.
+
+    Raises:
+        HeadNotFound: The model has no head that can be found.
+    """
+    bare = path.removeprefix(f"{_TEXT_MODEL}.")
+    modules = dict(model.named_modules())
+    for name in (path, bare, f"{_TEXT_MODEL}.{bare}"):
+        module = modules.get(name)
+        if isinstance(module, (*_LINEAR, *_EMBEDDING)) and _is_head(
+            model, module, module.weight.shape[0]
+        ):
+            return name
+    return find_head(model)
+
+
+def twins(model: nn.Module, path: str) -> list[str]:
+    """Paths of the embeddings that hold the very array of the head at ``path``: as such
+    mlx-vlm ties some, where mlx-lm has one layer for both."""
+    rows = get_module(model, path).weight
+    return [
+        name
+        for name, module in model.named_modules()
+        if name != path and isinstance(module, _EMBEDDING) and module.weight is rows
+    ]
 
 
 def _run(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -141,7 +191,12 @@ def _run(model: nn.Module, tokens: mx.array) -> mx.array:
         HeadNotFound: The model's code does not run on tokens alone, or gives no array.
     """
     try:
-        logits = model(tokens)
+        try:
+            logits = model(tokens)
+        except TypeError:  # some models ask for an image, too
+            if _TEXT_MODEL not in model:
+                raise
+            logits = model[_TEXT_MODEL](tokens)
         return logits if isinstance(logits, mx.array) else logits.logits
     # Whatever the code of a model raises.
     except Exception as e:
@@ -198,14 +253,13 @@ def find_transform(model: nn.Module, path: str) -> Transform | None:
 def place(model: nn.Module, path: str, head: FlashHead) -> nn.Module:
     """Put a FlashHead in place of the model's head at ``path``; returns the model."""
     inner = get_module(model, path)
-    module: nn.Module = FlashLinear(head)
-    if isinstance(inner, FlashEmbedding):
-        module = FlashEmbedding(head, inner._dtype, inner._unpack)
-    elif isinstance(inner, _EMBEDDING):
+    kind = FlashEmbedding if is_tied(model, path) else FlashLinear
+    if isinstance(inner, FlashLinear):
+        module = kind(head, inner._dtype, inner._unpack)
+    else:
         table = head_table(inner)
         # Where mlx-lm has packed rows, embeddings are to be as it makes them.
-        unpack = None if table.quantized else mx.float32
-        module = FlashEmbedding(head, table.dtype, unpack)
+        module = kind(head, table.dtype, None if table.quantized else mx.float32)
     set_module(model, path, module)
     return model
 

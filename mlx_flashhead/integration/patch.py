@@ -13,16 +13,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx_lm
 from mlx_lm import utils
 
-from ..folder.format import HEAD_FILE
-from . import decode, exact_batch, loading, samplers
+from . import decode, exact_batch, loading, vlm
+from .known import LOADING, decoding_changed
 
 # Not "from mlx_lm import generate": that name is a function's.
 _generate = importlib.import_module("mlx_lm.generate")
@@ -34,10 +34,6 @@ _decoding: list[tuple[Any, str, Any]] = []
 _options: dict[str, Any] | None = None
 
 
-class PatchError(RuntimeError):
-    """The installed mlx-lm is not one that this package knows."""
-
-
 def patch(
     *,
     n_probes: int | None = None,
@@ -45,16 +41,22 @@ def patch(
     exact: bool = True,
     verify_every: int | None = None,
     tune: bool = True,
+    flashhead: str | None = None,
 ) -> None:
     """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
     decoding (``generate``, ``stream_generate``, ``batch_generate``, the server, ...)
     draw among its candidates. Other models load and decode as before. The order of
-    imports does not matter. On a CPU back-end models with a FlashHead compute in
+    imports does not matter. mlx-vlm is taught the same where it is installed, in the
+    version of the extra ``vlm``. On a CPU back-end models with a FlashHead compute in
     float32. A second call replaces the first.
 
     From then on, ``mlx_lm.load`` raises ``FormatError`` for a converted folder that is
     damaged or changed, and ``ValueError`` for an adapter of a head that is clustered;
     ``mlx_lm.utils.save_model`` raises ``ValueError`` for a model with a FlashHead.
+
+    Of an mlx-lm that has changed since, only what is known is patched, and a warning of
+    one line says so: models then get their FlashHead when they are loaded, and mlx-lm's
+    own decoding the logits of the whole vocabulary.
 
     Args:
         n_probes: Clusters probed per decoded token, instead of the stored number.
@@ -67,9 +69,12 @@ def patch(
           the stored number.
         tune: Whether a head is measured when it is first used, and decodes as is
           fastest here; ``MLX_FLASHHEAD_TUNE=0`` turns it off, too.
+        flashhead: The FlashHead of every model that is loaded, instead of their
+          folders': a file, a folder that has one, or the Hugging Face id of either. A
+          model that it was not made of is refused.
 
-    Raises:
-        PatchError: The installed mlx-lm is not as expected. mlx-lm is as it came then.
+    Warns:
+        UserWarning: The installed mlx-lm or mlx-vlm is not as known here.
     """
     global _options
     unpatch()
@@ -80,26 +85,36 @@ def patch(
         "exact": exact,
         "verify_every": verify_every,
         "tune": tune,
+        "flashhead": flashhead,
     }
 
     def load_model(stock: Any, *args: Any, **kwargs: Any) -> Any:
         options: dict[str, Any] = {**kwargs, **(_options or {})}
         loaded = loading.load_model(stock, *args, **options)
-        _patch_scoring()
+        _patch_late()
         return loaded
 
-    for name, ours in (
-        ("load_model", load_model),
-        ("load_tokenizer", loading.load_tokenizer),
-        ("load_adapters", loading.load_adapters),
-        ("save_model", loading.save_model),
-    ):
+    ours: dict[str, Callable[..., Any]] = {
+        "load_model": load_model,
+        "load_tokenizer": loading.load_tokenizer,
+        "load_adapters": loading.load_adapters,
+        "save_model": loading.save_model,
+    }
+    changed = {name: what for name in ours if (what := LOADING[name].changed())}
+    if what := changed.get("load_model"):
+        _warn(what, "models are loaded as mlx-lm does; use mlx_flashhead.attach")
+    for name in ours.keys() - changed.keys():
         stock = getattr(utils, name)
-        wrapped = functools.wraps(stock)(functools.partial(ours, stock))
+        wrapped = functools.wraps(stock)(functools.partial(ours[name], stock))
         _replace(_loading, utils, name, wrapped)
     # The file's name keeps it out of stock mlx-lm's sight, downloads included.
-    patterns = [*utils.DEFAULT_ALLOW_PATTERNS, HEAD_FILE]
-    _replace(_loading, utils, "DEFAULT_ALLOW_PATTERNS", patterns)
+    if hasattr(utils, "DEFAULT_ALLOW_PATTERNS"):
+        patterns = loading.download_patterns()
+        _replace(_loading, utils, "DEFAULT_ALLOW_PATTERNS", patterns)
+    elif hasattr(utils, "_download"):  # before 0.32
+        download = functools.partial(loading.download, utils._download)
+        _replace(_loading, utils, "_download", download)
+    vlm.patch(_options)
 
 
 def stock_loader(name: str) -> Any:
@@ -113,14 +128,17 @@ def stock_loader(name: str) -> Any:
 def patch_decoding() -> None:
     """The part of :func:`patch` that concerns models which are loaded already: mlx-lm's
     decoding functions draw among a FlashHead's candidates. Where it is on, nothing
-    happens.
-
-    Raises:
-        PatchError: The installed mlx-lm is not as expected. Nothing is changed then.
+    happens; nor where mlx-lm has changed since, which a warning says.
     """
     if _decoding:
         return
-    check()
+    if what := decoding_changed():
+        _warn(
+            what,
+            "it decodes by itself, on logits of the whole vocabulary, and where "
+            "decoding is exact nothing is gained (exact=False, --approximate)",
+        )
+        return
     for owner, name, wrap in (
         (_generate, "generate_step", decode.generate_step),
         (_generate, "speculative_generate_step", decode.speculative_generate_step),
@@ -139,104 +157,33 @@ def _replace(
     setattr(owner, name, value)
 
 
-def _patch_scoring() -> None:
-    """mlx_lm.evaluate and mlx_lm.perplexity score given text: with the dense head. They
-    are patched only once they are there: evaluate needs a package of its own."""
-    for module, name in _SCORING:
+def _patch_late() -> None:
+    """mlx_lm.evaluate and mlx_lm.perplexity score given text: with the dense head. The
+    server asks log-probabilities for the likeliest. They are patched only once they are
+    there: evaluate needs a package of its own."""
+    for module, name, wrap in _LATE:
         owner = sys.modules.get(module)
         *path, last = name.split(".")
         for part in path:
             owner = getattr(owner, part, None)
         if not hasattr(owner, last) or any(e[:2] == (owner, last) for e in _loading):
             continue
-        _replace(_loading, owner, last, decode.exact(getattr(owner, last)))
+        _replace(_loading, owner, last, wrap(getattr(owner, last)))
 
 
-_SCORING = (
-    ("mlx_lm.evaluate", "MLXLM._process_prompt"),
-    ("mlx_lm.evaluate", "MLXLM._score_fn"),
-    ("mlx_lm.perplexity", "eval_ppl"),
+_LATE: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("mlx_lm.evaluate", "MLXLM._process_prompt", decode.exact),
+    ("mlx_lm.evaluate", "MLXLM._score_fn", decode.exact),
+    ("mlx_lm.perplexity", "eval_ppl", decode.exact),
+    ("mlx_lm.server", "_format_top_logprobs", decode.top_logprobs),
 )
 
 
-# The functions that are replaced, and what is relied on: parameters that each has to
-# have, first and in this order, and names that its code has to mention.
-_KNOWN: list[tuple[Callable[[], Any], list[str], set[str]]] = [
-    (
-        lambda: utils.load_model,
-        ["model_path", "lazy", "strict", "model_config"],
-        set(),
-    ),
-    (lambda: utils.load_tokenizer, ["model_path"], set()),
-    (lambda: utils.load_adapters, ["model", "adapter_path"], set()),
-    (lambda: utils.save_model, ["save_path", "model"], set()),
-    (
-        lambda: _generate.generate_step,
-        ["prompt", "model", "stream", "max_tokens", "sampler", "logits_processors"],
-        set(),
-    ),
-    (
-        lambda: _generate.speculative_generate_step,
-        [
-            *["prompt", "model", "draft_model", "stream", "num_draft_tokens"],
-            *["max_tokens", "sampler", "logits_processors"],
-        ],
-        set(),
-    ),
-    (
-        lambda: _generate.GenerationBatch._step,
-        ["self"],
-        {"_current_tokens", "_next_tokens", "_current_logprobs", "_next_logprobs"}
-        | {"_token_context", "update_and_fetch", "fallback_sampler", "samplers"}
-        | {"logits_processors", "prompt_cache", "tokens", "uids", "model"},
-    ),
-    (
-        lambda: _generate.GenerationBatch.extend,
-        ["self", "batch"],
-        {"uids", "prompt_cache", "_next_tokens", "_next_logprobs", "_token_context"},
-    ),
-    (
-        lambda: _generate.GenerationBatch.filter,
-        ["self", "keep"],
-        {"uids", "prompt_cache", "_next_tokens", "_next_logprobs", "_token_context"},
-    ),
-    (
-        lambda: _generate.GenerationBatch.extract_cache,
-        ["self", "idx"],
-        {"prompt_cache"},
-    ),
-    (
-        lambda: _generate.GenerationBatch.next,
-        ["self"],
-        {"_step", "_num_tokens", "max_tokens", "extract_cache", "filter"},
-    ),
-]
-
-
-def check() -> None:
-    """Raise PatchError unless the installed mlx-lm has the functions that are replaced,
-    as they are known here."""
-
-    def refuse(what: str) -> PatchError:
-        return PatchError(
-            f"mlx-lm {mlx_lm.__version__} is not supported: {what}; "
-            "install a version that mlx-flashhead names in its requirements"
-        )
-
-    for find, parameters, names in _KNOWN:
-        try:
-            function = find()
-        except AttributeError as e:
-            raise refuse(str(e)) from None
-        signature = list(inspect.signature(function).parameters)
-        code = getattr(function, "__code__", None)
-        missing = names - set(code.co_names if code else ())
-        if signature[: len(parameters)] != parameters or missing:
-            raise refuse(f"{function.__qualname__} has changed")
-    try:
-        samplers.check()
-    except (ValueError, TypeError, AttributeError) as e:
-        raise refuse(str(e)) from None
+def _warn(what: str, result: str) -> None:
+    warnings.warn(
+        f"mlx-flashhead does not know mlx-lm {mlx_lm.__version__} ({what}): {result}",
+        stacklevel=3,
+    )
 
 
 def unpatch() -> None:
@@ -247,6 +194,7 @@ def unpatch() -> None:
     """
     global _options
     _options = None
+    vlm.unpatch()
     for where in (_loading, _decoding):
         while where:
             owner, name, before = where.pop()
@@ -260,9 +208,6 @@ def patched(**options: Any) -> Iterator[None]:
 
     Args:
         options: As for :func:`patch`.
-
-    Raises:
-        PatchError: As for :func:`patch`.
     """
     before, decoding = _options, bool(_decoding)
     patch(**options)

@@ -8,15 +8,19 @@ user's own, and gets logits over the whole vocabulary.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from mlx_lm import sample_utils
 
 from ..sampling.settings import Bias, Penalty, Processor, Settings
 
+# Not "from mlx_lm import generate": that name is a function's.
+_generate = importlib.import_module("mlx_lm.generate")
 _PENALTIES = ("repetition", "presence", "frequency")
 _METHODS = {
     ("top_p",): "apply_top_p",
@@ -26,15 +30,18 @@ _METHODS = {
 }
 
 
+def _modules() -> tuple[ModuleType, ModuleType]:
+    """Where samplers are made: mlx-vlm has a copy of mlx-lm's module."""
+    return sample_utils, sys.modules.get("mlx_vlm.sample_utils", sample_utils)
+
+
 def _closure(function: Any, name: str) -> dict[str, Any] | None:
     """Variables that a function of ``mlx_lm.sample_utils`` with this qualified name
     has closed over; ``None`` if it is another function, be it one with borrowed names
     (``functools.wraps``)."""
-    if (
-        not isinstance(function, FunctionType)
-        or function.__globals__ is not vars(sample_utils)
-        or function.__qualname__ != name
-    ):
+    if not isinstance(function, FunctionType) or function.__qualname__ != name:
+        return None
+    if all(function.__globals__ is not vars(module) for module in _modules()):
         return None
     cells = (cell.cell_contents for cell in function.__closure__ or ())
     return dict(zip(function.__code__.co_freevars, cells))
@@ -43,7 +50,7 @@ def _closure(function: Any, name: str) -> dict[str, Any] | None:
 def read_sampler(sampler: Any) -> Settings | None:
     """Settings of a sampler that ``make_sampler`` made, or of ``None``, which is
     greedy; ``None`` for any other function."""
-    if sampler is None or sampler is getattr(sample_utils, "greedy_sampler", None):
+    if sampler is None or _is_greedy(sampler):
         return Settings()
     variables = _closure(sampler, "make_sampler.<locals>.sampler")
     if variables is None or set(variables) != {"sampling_methods", "temp"}:
@@ -59,8 +66,23 @@ def read_sampler(sampler: Any) -> Settings | None:
         settings.update(arguments)
     if order != [m for m in _METHODS.values() if m in order]:
         return None
-    settings["xtc_special_tokens"] = tuple(settings.get("xtc_special_tokens", ()))
+    settings["xtc_special_tokens"] = tuple(settings.get("xtc_special_tokens") or ())
     return _checked(Settings(**settings))
+
+
+def _is_greedy(sampler: Any) -> bool:
+    """Whether a function is mlx-lm's own that takes the likeliest token: it has a name,
+    or was written where it was needed (before 0.32)."""
+    if sampler is getattr(sample_utils, "greedy_sampler", None):
+        return True
+    return (
+        isinstance(sampler, FunctionType)
+        and sampler.__name__ == "<lambda>"
+        and any(sampler.__globals__ is vars(m) for m in (*_modules(), _generate))
+        and sampler.__closure__ is None
+        and sampler.__code__.co_names == ("mx", "argmax")
+        and -1 in sampler.__code__.co_consts
+    )
 
 
 def _checked(settings: Settings) -> Settings | None:

@@ -37,7 +37,6 @@ from ..tuning import (
 )
 from ..tuning.measure import Clock, Run
 from .exact import ExactDecoder, LogitsProcessor, Sampler, Verification
-from .keys import Keys
 from .rollback import Rollback, supported
 from .slots import FlashLinear, Origin, densely, hidden_state
 
@@ -306,7 +305,7 @@ def _exact_runs(
     cache = make_prompt_cache(model)
     if not supported(cache):
         return {}
-    decoder = ExactDecoder(slot, model, None, [], keys=Keys([0, 0]))
+    decoder = ExactDecoder(slot, model, None, [], seed=0)
     decoder.settings, decoder.count = settings, Verification()
     first, context = mx.zeros((1,), mx.uint32), mx.zeros((0,), mx.uint32)
 
@@ -321,13 +320,13 @@ def _exact_runs(
         mx.eval(token)
 
     def draft(n: int, head: FlashHead) -> None:
-        rollback, token = Rollback(cache), first
+        rollback, drafts = Rollback(cache), [first]
         rollback.mark()
-        for i in range(n):
+        for _ in range(n):
             rollback.step()
-            token = decoder.draft(head, state(token), i, context, [token])
-            mx.async_eval(token)
-        mx.eval(token)
+            drafts.append(decoder.draft(head, state(drafts[-1]), context, drafts))
+            mx.async_eval(drafts[-1])
+        mx.eval(drafts[-1])
         rollback.to(0)
 
     latest = first
@@ -338,7 +337,7 @@ def _exact_runs(
             rollback = Rollback(cache)
             rollback.mark()
             rollback.step()
-            states = mx.concatenate([state(first)] * k)
+            states = [state(first)] * k
             # Of equal states the greedy choice is the same: all stand.
             chosen = decoder.verify(states, [first, *[latest] * (k - 1)], context)
             latest = chosen[0].ids
