@@ -32,7 +32,7 @@ from mlx_flashhead import (
     unpatch,
 )
 from mlx_flashhead.head import flash_head
-from mlx_flashhead.integration import decode
+from mlx_flashhead.integration import decode, masking
 from mlx_flashhead.integration.slots import intercepted
 
 generate = importlib.import_module("mlx_lm.generate")
@@ -69,13 +69,13 @@ def retrieving(monkeypatch):
 @pytest.fixture
 def counted(monkeypatch):
     """How often candidates were drawn, and the sizes of the batches."""
-    sizes, draw = [], decode.draw
+    sizes, draw = [], masking.draw
 
     def counting(head, settings, h, *args):
         sizes.append(len(h))
         return draw(head, settings, h, *args)
 
-    monkeypatch.setattr(decode, "draw", counting)
+    monkeypatch.setattr(masking, "draw", counting)
     return sizes
 
 
