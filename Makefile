@@ -47,6 +47,9 @@ lint: .venv/lint
 
 # Of what stands between the package and the versions it allows.
 BOUNDS := head files samplers candidates decoding exact embeddings rollback attach_loaded decoder patch generate convert gguf metal_kernels
+BOUNDS_newest := vlm
+EXTRA_oldest := test-oldest
+EXTRA_newest := test
 UV := .venv-uv/bin/uv
 RESOLUTION_oldest := lowest-direct
 RESOLUTION_newest := highest
@@ -58,10 +61,10 @@ test-oldest test-newest: test-%: $(UV) blas
 	$(UV) venv -q --seed --clear --python '$(PYTHON_$*)' .venv-$* || { \
 	  echo "Note: no Python $(PYTHON_$*) here, and uv gets none: testing with $(PYTHON)"; \
 	  $(UV) venv -q --seed --clear --python '$(PYTHON)' .venv-$*; }
-	$(UV) pip install -q --python .venv-$* --resolution $(RESOLUTION_$*) -e '.[test$(MLX)]'
+	$(UV) pip install -q --python .venv-$* --resolution $(RESOLUTION_$*) -e '.[$(EXTRA_$*)$(MLX)]'
 	.venv-$*/bin/python --version
 	$(UV) pip list -q --python .venv-$*
-	$(call pytest,.venv-$*) $(BOUNDS:%=tests/test_%.py)
+	$(call pytest,.venv-$*) $(patsubst %,tests/test_%.py,$(BOUNDS) $(BOUNDS_$*))
 
 $(UV):
 	$(PYTHON) -m venv .venv-uv

@@ -1,20 +1,22 @@
 """Time and memory of conversion against the size of the vocabulary.
 
     python benchmarks/conversion.py --sizes 32768x640,131072x640
-    python benchmarks/conversion.py --sizes gemma-3-1b
+    python benchmarks/conversion.py --sizes gemma-3-1b,qwen2.5-0.5b
+    python benchmarks/conversion.py --sizes MODEL.gguf --quick
 
 Every size is a model with made weights: a Gemma 3 body and a tied head whose rows are
 of low rank plus noise, their lengths as different as real ones. What is made has the
 cost of a real model and none of its meaning: its recall says nothing. One process makes
 the model, another converts it, as ``mlx_flashhead.convert`` would; its time and memory
-are the system's count (``getrusage``). ``VxD`` has a body of two layers,
-``gemma-3-1b`` that of the real one: 26 layers, 262,144 x 1,152.
+are the system's count (``getrusage``). ``VxD`` has a body of two layers, the named ones
+have the sizes of the real models. A GGUF file or a folder is converted as it is.
 
 Stages are those of the converter's progress bars, by wall clock.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -26,6 +28,20 @@ from pathlib import Path
 
 import click
 
+from mlx_flashhead.kernels import doctor
+
+NAMED = {
+    "gemma-3-1b": {},
+    "qwen2.5-0.5b": {
+        "vocab_size": 151_936,
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
 GEMMA_1B = {
     "vocab_size": 262_144,
     "hidden_size": 1152,
@@ -44,13 +60,14 @@ RANK, NOISE = 64, 0.5
 
 def shape_of(size: str) -> dict:
     """Configuration of a Gemma 3 model of a size."""
-    if size == "gemma-3-1b":
-        return dict(GEMMA_1B)
+    if size in NAMED:
+        return GEMMA_1B | NAMED[size]
     try:
         vocab_size, hidden_size = map(int, size.split("x"))
     except ValueError:
         raise click.ClickException(
-            f"--sizes {size!r} is neither VxD, as 32768x640, nor gemma-3-1b"
+            f"--sizes {size!r} is neither VxD, as 32768x640, nor a model's folder or "
+            f"GGUF file, nor {' or '.join(NAMED)}"
         ) from None
     return GEMMA_1B | {
         "vocab_size": vocab_size,
@@ -100,7 +117,7 @@ def make(size: str, folder: Path) -> None:
     write_tokenizer(folder, v)
 
 
-def convert(source: str, target: str, stages_path: str) -> None:
+def convert(source: str, target: str, stages_path: str, quick: str) -> None:
     """Convert, and write what each stage took."""
     from mlx_flashhead.convert import pipeline
 
@@ -120,10 +137,12 @@ def convert(source: str, target: str, stages_path: str) -> None:
 
     # What it shows nothing with.
     pipeline.silent = timed
-    report = pipeline.convert(source, target, verbose=False)
-    Path(stages_path).write_text(
-        json.dumps({"stages": stages, "seconds": report.seconds})
+    name = "gguf_path" if Path(source).suffix == ".gguf" else "hf_path"
+    report = pipeline.convert(
+        **{name: source}, mlx_path=target, quick=quick == "quick", verbose=False
     )
+    found = {"stages": stages, **dataclasses.asdict(report)}
+    Path(stages_path).write_text(json.dumps(found))
 
 
 def measured(*words: str) -> dict[str, float]:
@@ -143,23 +162,34 @@ def measured(*words: str) -> dict[str, float]:
     }
 
 
-def size_in_turn(size: str, where: str | None) -> dict:
+def size_in_turn(size: str, where: str | None, quick: bool) -> dict:
     with tempfile.TemporaryDirectory(dir=where) as folder:
         source, target = str(Path(folder, "made")), str(Path(folder, "converted"))
         stages = Path(folder, "stages.json")
-        measured("make", size, source)
-        found = measured("convert", source, target, str(stages))
+        made = not Path(size).exists()
+        if made:
+            measured("make", size, source)
+        source = source if made else size
+        how = "quick" if quick else "full"
+        found = measured("convert", source, target, str(stages), how)
         found |= json.loads(stages.read_text()) | {"process_seconds": found["seconds"]}
-    return {"size": size, **shape_of(size), **found}
+    return {"size": size, "made": made, "quick": quick, **found}
 
 
 def show(found: dict) -> None:
     click.echo(
-        f"\n{found['size']}: V {found['vocab_size']:,}, D {found['hidden_size']:,}, "
-        f"{found['num_hidden_layers']} layers, made weights: {found['seconds']:.0f} s "
+        f"\n{Path(found['size']).name}: V {found['vocab_size']:,}, "
+        f"D {found['hidden_size']:,}{', made weights' * found['made']}"
+        f"{', --quick' * found['quick']}: {found['seconds']:.0f} s "
         f"({found['cpu_seconds']:.0f} s of CPU), "
         f"peak {found['peak_bytes'] / 2**30:.2f} GiB"
     )
+    if not found["made"]:
+        click.echo(
+            f"recall {100 * found['recall']:.2f} %, KL {found['kl']:.4f}, "
+            f"{100 * found['acceptance']:.2f} % of drafts expected to stand with "
+            f"{found['draft_probes']} probed of {found['n_clusters']}"
+        )
     click.echo("| stage | seconds | share |")
     click.echo("| --- | ---: | ---: |")
     stages = found["stages"]
@@ -173,15 +203,18 @@ def show(found: dict) -> None:
 @click.command(context_settings={"show_default": True})
 @click.option("--sizes", default="32768x640,131072x640,262144x640")
 @click.option("--folder", help="Where the models are made.  [default: the system's]")
+@click.option("--quick", is_flag=True, help="Convert with --quick.")
 @click.option("--json", "json_path", help="Write the figures here, too.")
-def main(sizes: str, folder: str | None, json_path: str | None) -> None:
-    """Time conversion of made models."""
+def main(sizes: str, folder: str | None, quick: bool, json_path: str | None) -> None:
+    """Time conversion of made models, or of real ones."""
     names = sizes.split(",")
     for name in names:
-        shape_of(name)
+        if not Path(name).exists():
+            shape_of(name)
+    click.echo(doctor.describe())
     results = []
     for name in names:
-        results.append(size_in_turn(name, folder))
+        results.append(size_in_turn(name, folder, quick))
         show(results[-1])
         if json_path:
             Path(json_path).write_text(json.dumps(results, indent=2))

@@ -17,10 +17,10 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
-from mlx_flashhead.convert.collect import hidden_states
 
 from mlx_flashhead import load
 from mlx_flashhead.evaluation.fidelity import measure
+from mlx_flashhead.evaluation.states import hidden_states
 from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.integration.decode import head_of
 from mlx_flashhead.integration.locate import get_module, head_table

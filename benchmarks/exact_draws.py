@@ -23,10 +23,11 @@ import click
 import mlx.core as mx
 import numpy as np
 from draws import chi_square
-from mlx_flashhead.convert.collect import hidden_states, read_documents
+from mlx_flashhead.convert.collect import read_documents
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_flashhead import load
+from mlx_flashhead.evaluation.states import hidden_states
 from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.integration.decode import head_of

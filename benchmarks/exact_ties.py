@@ -25,10 +25,11 @@ from pathlib import Path
 import click
 import mlx.core as mx
 import numpy as np
-from mlx_flashhead.convert.collect import hidden_states, read_documents
+from mlx_flashhead.convert.collect import read_documents
 
 from mlx_flashhead import load
 from mlx_flashhead.compute.table import Table
+from mlx_flashhead.evaluation.states import hidden_states
 from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.head import FlashHead
 from mlx_flashhead.integration.decode import head_of

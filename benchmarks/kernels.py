@@ -16,11 +16,15 @@ MLX compiles CUDA kernels as they are first used, seconds each, and keeps them o
 ``--shard 0/8`` to ``--shard 7/8`` side by side fill that store before the run that
 counts.
 
+``--select-rereads`` has the selection make its keys again in each pass, where else it
+keeps them in registers.
+
 usage: python benchmarks/kernels.py [--steps 64] [--models NAME ...]
-       [--batch-sizes 1 2 4 ...] [--shard I/N]
+       [--batch-sizes 1 2 4 ...] [--shard I/N] [--select-rereads]
 """
 
 import argparse
+import importlib
 from contextlib import nullcontext
 from functools import partial
 
@@ -101,7 +105,7 @@ def measure(
         )
 
     def of_masses(head, settings):
-        temperatures = () if settings.greedy else (settings.temp, 1.0)
+        temperatures = (1.0 if settings.greedy else settings.temp, 1.0)
         weights = [masses.log_weights(head, t) for t in temperatures]
         mx.eval(weights)
         return weights
@@ -132,13 +136,18 @@ def measure(
         return step
 
     def parts(h, key, last):
-        """The kernels' step up to one of its launches."""
-        got = scores(h)
+        """The kernels' greedy step up to one of its launches."""
+        got = of_centroids = scores(h)
         if last > 0:
             got = kernels.select_probes(got, p, spread=spread)
         if last > 1:
             blocks = [a.reshape(C, m, -1) for a in packed[8]]
-            got = kernels.probe_logits(h, *blocks, got)
+            rows = kernels.Rows(h, *blocks, 8, 64, V)
+            tail = kernels.Tail(of_centroids, spread, spread, lambda c: c, rows)
+            shaping = kernels.Shaping(mx.bfloat16)
+            draw = kernels.Draw(got, token_ids, shaping, tail)
+            logits, summary = kernels.probe_blocks(rows, draw)
+            got = logits if summary is None else summary[:, 0]
         return got[:, 0].astype(mx.uint32)
 
     timed = {"nothing": lambda h, key: h[:, 0].astype(mx.uint32)}
@@ -151,9 +160,13 @@ def measure(
     )
     for bits in (16, 8, 4):
         timed[f"FlashHead {bits}-bit"] = whole(Settings(), bits)
-    nucleus = Settings(temp=TEMPERATURE, top_p=TOP_P)
-    timed["FlashHead 8-bit, top-p"] = whole(nucleus)
-    timed["FlashHead 8-bit, top-k 40"] = whole(Settings(temp=TEMPERATURE, top_k=40))
+    for name, filters in (
+        ("top-p", {"top_p": TOP_P}),
+        ("top-k 40", {"top_k": 40}),
+        ("min-p", {"min_p": 0.05}),
+        ("XTC", {"xtc_probability": 0.5}),
+    ):
+        timed[f"FlashHead 8-bit, {name}"] = whole(Settings(temp=TEMPERATURE, **filters))
     chunks = {
         f"exact {bits}-bit{name}": exact(settings, bits)
         for bits, name, settings in (
@@ -222,6 +235,10 @@ def show(result: dict[str, float], V: int, D: int, bandwidth: float) -> None:
         f"{result['dense 4-bit'] / base:.2f}x dense 4-bit"
     )
     print(
+        f"  top-p / greedy {top_p / base:.2f}, temperature / greedy "
+        f"{result['FlashHead 8-bit, temperature'] / base:.2f}"
+    )
+    print(
         f"  top-p:  {result['FlashHead 8-bit, top-p, plain MLX'] / top_p:.2f}x plain "
         f"MLX, {result['dense 8-bit, top-p'] / top_p:.2f}x dense 8-bit",
         flush=True,
@@ -234,9 +251,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[])
     parser.add_argument("--shard", default="0/1", help="only compile a part")
+    parser.add_argument(
+        "--select-rereads", action="store_true", help="keep no keys in registers"
+    )
     options = parser.parse_args()
     from mlx_flashhead.kernels import doctor
 
+    if options.select_rereads:
+        module = importlib.import_module("mlx_flashhead.kernels.select_probes")
+        module.IN_REGISTERS = 0
     print(doctor.describe())
     bandwidth = copy_bandwidth()
     print(f"back-end {kernels.kind()}, copy bandwidth {bandwidth / 1e9:.0f} GB/s")

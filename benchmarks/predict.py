@@ -1,166 +1,178 @@
-"""What bytes, launches and published bandwidths say of chips that nobody has measured.
+"""What published speeds of Macs predict for heads that nobody has measured on one.
 
     python benchmarks/predict.py
+    python benchmarks/predict.py --bits 4
 
-The model, for one greedy token with 8-bit rows:
+A step is the body's, in 4 bits, by the law that ``published.py`` fits to measured dense
+decoding, and a head's of ``--bits``:
 
-    dense:      bytes / (E * bandwidth) + V * S
-    FlashHead:  bytes / (E * bandwidth) + L
-    exact:      (k * (draft's bytes / (E * bandwidth) + L)
-                 + dense bytes / (E * bandwidth) + L) / tokens kept of k
+    dense:    all rows, 4 launches; with top-p 22, and the vocabulary sorted
+    approx.:  centroids, a sixteenth of the rows, 4 launches, and WORK for what they do
+    exact:    (k drafts, with a 32nd of the rows, + a verification) / tokens kept of k
 
-Exact decoding drafts with a 32nd of the clusters and verifies k = 16 positions at once;
-that 99.5 % of its drafts stand is what Gemma 3 270M's held-out states say.
+A verification reads the rows for k = 16 positions; MLX's product of so many is bound by
+arithmetic on Macs, which takes as long as reading VERIFY_BYTES a weight. Its other
+launches go over k logits of each token.
 
-E is the share of the published bandwidth that a kernel reaches. S is what an entry of
-the logits costs beyond its row (writing it, looking for the largest), L the latency of
-FlashHead's four launches, which wait for each other. S and L follow from one model on
-an NVIDIA H200; the others on the same device are the check, predicted before compared.
-
-Of Apple's chips only the bandwidth is published. There L is taken over and S is left
-out, which favours the dense head. "Whole model" adds the bytes of a body in 4 bits at
-the same bandwidth, for exact decoding those of steps that are thrown away, too, and
-nothing for its launches, attention and sampling: no step is
-faster than that, and the ratio is an upper bound.
+What is not known has a range; an interval is from the least to the largest of all
+combinations, and of the law fitted without each of its chips in turn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+
 import click
-from kernels import CLUSTER_SIZE, MODELS
+from published import (
+    BANDWIDTH,
+    MODELS,
+    Law,
+    Model,
+    fit,
+    fitted_on,
+    is_slow,
+    leave_one_out,
+    load,
+    weight_bytes,
+)
 
 from mlx_flashhead.benchmarking.report import markdown_table
 from mlx_flashhead.evaluation.drafts import kept
 
-# Parameters without the head.
-BODY = {
-    "Gemma-3-270M": 100e6,
-    "Gemma-3-1B": 698e6,
-    "Qwen3-0.6B": 440e6,
-    "Llama-3.2-1B": 973e6,
-}
-BODY_BITS = 4.5  # with a scale and a bias of 16 bits for 64 weights
-E = 0.8
-# Of exact decoding: one in so many clusters is drafted with, positions that are
-# verified at once, and the share of drafts that stand.
-ONE_IN, VERIFY_EVERY, ACCEPTANCE = 32, 16, 0.995
+SHOWN = ("Gemma-3-270M", "Gemma-3-1B", "Qwen3-0.6B", "Llama-3.2-1B")
+CLUSTER_SIZE, BODY_BITS, CENTROID_BITS = 16, 4, 4
+# Clusters probed: one in so many, approximate and for a draft; positions verified.
+ONE_IN, DRAFT_ONE_IN, VERIFY_EVERY = 16, 32, 16
+# Tokens in the cache.
+CONTEXT = 256
 
-# On an H200, us a step less the empty chain's (RESULTS.md): dense 8-bit, FlashHead.
-H200 = 4800
-MEASURED = {
-    "Gemma-3-270M": (160.1, 57.6),
-    "Gemma-3-1B": (217.2, 69.8),
-    "Qwen3-0.6B": (104.4, 55.4),
-    "Llama-3.2-1B": (140.8, 68.5),
-}
-FITTED_ON = "Gemma-3-270M"
-
-# Published memory bandwidth, GB/s.
-APPLE = {
-    "M1": 68,
-    "M1 Pro": 200,
-    "M1 Max": 400,
-    "M2": 100,
-    "M2 Max": 400,
-    "M3": 100,
-    "M3 Max": 400,
-    "M3 Ultra": 819,
-    "M4": 120,
-    "M4 Pro": 273,
-    "M4 Max": 546,
-    "M5": 153,
-}
+# Launches after the body (benchmarks/launches.py).
+LAUNCHES = {"greedy": (4, 4, 6), "top-p": (22, 4, 56)}
+# What FlashHead's launches do beyond reading, us: greedy on an NVIDIA H200, and what
+# top-p adds on an H100 (RESULTS.md). Mostly one threadgroup's work, which takes as long
+# on any chip of that clock: half and double are the range.
+WORK = {"greedy": 57.0, "top-p": 100.0}
+WORK_RANGE = 0.5, 1.0, 2.0
+# Sorting an entry of the vocabulary, ns: MLX on unnamed Apple chips, 64 rows of 151,936
+# at once in 8.15 ms (github.com/sgl-project/sglang/pull/34166), and 128,256 entries of
+# one row in 0.627 ms instead of 0.211 without (github.com/ml-explore/mlx-lm/pull/1083).
+SORT_RANGE = 0.84, 1.65, 3.2
+# A quantized product of 16 positions against the published bandwidth, bytes a weight:
+# M3 Ultra 0.260 ms for 5,120 x 17,408 (github.com/ml-explore/mlx/issues/4265), M3 Max
+# 26.9 ms for 16,384 x 250,112 (mlx/pull/3791), M4 Pro 4.5 * 0.198 ms for 5,120 x 17,408
+# (mlx/issues/3852). In 16 bits twice the product of one position (mlx/issues/4265).
+VERIFY_RANGE = 2.4, 2.6, 2.7
+# Waiting for the device, us, once for each verification (mlx/issues/4265).
+WAIT = 250.0
+# Share of drafts that stand: Gemma 3 270M's and SmolLM2's texts, RESULTS.md.
+ACCEPTANCE_RANGE = 0.985, 0.99, 0.995
 
 
-def head_bytes(
-    vocab_size: int, hidden_size: int, one_in: int = 16
-) -> tuple[float, float]:
-    """Bytes that a decode step reads: the dense head in 8 bits, and FlashHead that
-    probes one in so many clusters."""
-    row = hidden_size * (8 + 0.5) / 8
-    n_clusters = vocab_size // CLUSTER_SIZE
-    centroids = n_clusters * (hidden_size * (4 + 0.5) / 8 + 4)
-    return vocab_size * row, centroids + n_clusters // one_in * CLUSTER_SIZE * row
+@dataclass(frozen=True)
+class Assumed:
+    """What a prediction rests on."""
 
+    law: Law
+    work: float = 1.0
+    sort: float = SORT_RANGE[1]
+    verify: float = VERIFY_RANGE[1]
+    acceptance: float = ACCEPTANCE_RANGE[1]
 
-def microseconds(n_bytes: float, bandwidth: float) -> float:
-    """Of reading that much at E of a bandwidth in GB/s."""
-    return n_bytes / (E * bandwidth * 1e3)
-
-
-def fit() -> tuple[float, float]:
-    """S in us per entry, and L in us."""
-    vocab_size, hidden_size = MODELS[FITTED_ON]
-    dense, flash = (microseconds(b, H200) for b in head_bytes(vocab_size, hidden_size))
-    measured = MEASURED[FITTED_ON]
-    return (measured[0] - dense) / vocab_size, measured[1] - flash
-
-
-def check(per_entry: float, launches: float) -> list[list[str]]:
-    rows = []
-    for name, (vocab_size, hidden_size) in MODELS.items():
-        dense, flash = (
-            microseconds(b, H200) for b in head_bytes(vocab_size, hidden_size)
+    def steps(
+        self, model: Model, chip: str, sampler: str, bits: int
+    ) -> tuple[float, float, float]:
+        """Microseconds of a token: dense, approximate, exact."""
+        law, k = self.law, VERIFY_EVERY
+        dense, flash, verification = LAUNCHES[sampler]
+        body_bytes = model.body * weight_bytes(BODY_BITS) + model.cache_bytes(CONTEXT)
+        body = law.microseconds(body_bytes, model.launches, chip)
+        rows = law.reading(model.head * weight_bytes(bits), chip)
+        centroids = law.reading(
+            model.vocab_size
+            // CLUSTER_SIZE
+            * (model.hidden_size * weight_bytes(CENTROID_BITS) + 4),
+            chip,
         )
-        predicted = dense + vocab_size * per_entry, flash + launches
-        cells = [
-            f"{p:.0f} / {m:.0f} ({100 * (p / m - 1):+.0f} %)"
-            for p, m in zip(predicted, MEASURED[name])
-        ]
-        rows.append([name + (", fitted" if name == FITTED_ON else ""), *cells])
-    return rows
+        sorting = model.vocab_size * self.sort / 1e3 if sampler == "top-p" else 0.0
+        work = law.launching(flash, chip) + self.work * WORK[sampler]
+        weight = 2 * weight_bytes(16) if bits == 16 else self.verify
+        verifying = max(rows, model.head * weight / (BANDWIDTH[chip] * 1e3))
+        verifying += law.microseconds(
+            verification * 4 * k * model.vocab_size, verification, chip
+        )
+        draft = body + centroids + rows / DRAFT_ONE_IN + work
+        return (
+            body + rows + law.launching(dense, chip) + sorting,
+            body + centroids + rows / ONE_IN + work,
+            (k * draft + verifying + WAIT) / kept(self.acceptance, k),
+        )
 
 
-def exact(
-    shape: tuple[int, int], body: float, bandwidth: float, launches: float
-) -> float:
-    """Microseconds of exact decoding for each token that is kept."""
-    dense, draft = (
-        microseconds(b, bandwidth)
-        for b in (head_bytes(*shape)[0], body + head_bytes(*shape, ONE_IN)[1])
-    )
-    k = VERIFY_EVERY
-    return (k * (draft + launches) + dense + launches) / kept(ACCEPTANCE, k)
+@dataclass(frozen=True)
+class Prediction:
+    """Of a model on a chip: microseconds of a token, dense, approximate and exact, and
+    by how much the last two are faster, least and most."""
+
+    steps: tuple[float, float, float]
+    approximate: tuple[float, float]
+    exact: tuple[float, float]
+
+    def __str__(self) -> str:
+        speeds = " → ".join(f"{1e6 / t:,.0f}" for t in self.steps)
+        times = (f"{a:.2f}-{b:.2f}" for a, b in (self.approximate, self.exact))
+        return f"{speeds} ({', '.join(times)})"
 
 
-def apple(launches: float, *, whole: bool) -> list[list[str]]:
-    rows = []
-    for chip, bandwidth in APPLE.items():
-        cells = [chip]
-        for name, shape in MODELS.items():
-            body = BODY[name] * BODY_BITS / 8 if whole else 0
-            dense, flash = (
-                microseconds(body + b, bandwidth) for b in head_bytes(*shape)
-            )
-            each = dense, flash + launches, exact(shape, body, bandwidth, launches)
-            shown = (f"{1e6 / t if whole else t:,.0f}" for t in each)
-            times = (f"{dense / t:.1f}x" for t in each[1:])
-            cells.append(f"{' → '.join(shown)} ({', '.join(times)})")
-        rows.append(cells)
-    return rows
-
-
-@click.command()
-def main() -> None:
-    """Predict decode steps from bytes, launches and published bandwidths."""
-    per_entry, launches = fit()
-    click.echo(
-        f"S = {1000 * per_entry:.2f} ns an entry, L = {launches:.0f} us, E = {E}\n\n"
-        "Check on an NVIDIA H200, head alone, us: predicted / measured\n"
-    )
-    names = list(MODELS)
-    header = ["model", "dense 8-bit", "FlashHead"]
-    click.echo(markdown_table([header, *check(per_entry, launches)]))
-    for title, whole in (
-        ("Predicted: head alone, us, dense 8-bit → approximate → exact", False),
-        (
-            "Predicted: whole model, at most so many tokens/s, dense 8-bit → "
-            "approximate → exact",
-            True,
-        ),
+def predict(
+    laws: list[Law], model: Model, chip: str, sampler: str, bits: int
+) -> Prediction:
+    """By the first law, the interval by all of them."""
+    steps = Assumed(laws[0]).steps(model, chip, sampler, bits)
+    gains = []
+    for values in product(
+        [of_chip for law in laws for of_chip in possible(law, chip)],
+        WORK_RANGE,
+        SORT_RANGE[::2],
+        VERIFY_RANGE[::2],
+        ACCEPTANCE_RANGE[::2],
     ):
-        click.echo(f"\n{title}\n")
-        click.echo(markdown_table([["", *names], *apple(launches, whole=whole)]))
+        dense, *others = Assumed(*values).steps(model, chip, sampler, bits)
+        gains.append([dense / t for t in others])
+    first, second = zip(*gains, strict=True)
+    return Prediction(steps, (min(first), max(first)), (min(second), max(second)))
+
+
+def possible(law: Law, chip: str) -> Iterator[Law]:
+    """The law, and where nobody has measured what launches cost with the other cost: of
+    chips up to M3 only M1 and the Ultras show it."""
+    yield law
+    if is_slow(chip) and chip != "M1" and not chip.endswith("Ultra"):
+        yield replace(law, slow=law.fast)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option(
+    "--bits", default="8", type=click.Choice(["4", "8", "16"]), help="Of the head."
+)
+def main(bits: str) -> None:
+    """Predict tokens per second by published speeds."""
+    rows = load()
+    laws = [fit(fitted_on(rows)), *leave_one_out(rows).values()]
+    for sampler in LAUNCHES:
+        click.echo(
+            f"Predicted, not measured: tokens/s, {sampler}, body of {BODY_BITS} bits, "
+            f"dense {bits}-bit head → approximate → exact (times dense, from least to "
+            "most: approximate, exact)\n"
+        )
+        # Chips that nothing here tells apart stand in one row.
+        chips: dict[tuple[str, ...], list[str]] = {}
+        for chip in BANDWIDTH:
+            each = (predict(laws, MODELS[m], chip, sampler, int(bits)) for m in SHOWN)
+            chips.setdefault(tuple(map(str, each)), []).append(chip)
+        table = [[", ".join(alike), *cells] for cells, alike in chips.items()]
+        click.echo(markdown_table([["", *SHOWN], *table]) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from mlx_flashhead.convert.recipes import RECIPES
 from mlx_flashhead.convert.source import open_gguf, open_hf
 
 from mlx_flashhead.evaluation.fidelity import measure
+from mlx_flashhead.evaluation.states import hidden_states
 from mlx_flashhead.integration.locate import find_head, get_module, head_table
 
 
@@ -69,7 +70,7 @@ def main(
         sets = {"held out": states.held_out}
         for text in texts:
             ids = tokenizer.encode(Path(text).read_text())[: tokens + 1]
-            sets[Path(text).name] = collect.hidden_states(runner, path, ids)
+            sets[Path(text).name] = hidden_states(runner, path, ids)
         del runner
         weight = np.array(table.dequantize(mx.float32))
     stops = list(tokenizer.eos_token_ids)

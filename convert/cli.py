@@ -115,6 +115,9 @@ def _upgrade(ctx: click.Context, folder: str, options: dict[str, Any]) -> str:
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Clustering seed.")
 @click.option("--recipe", type=click.Choice(list(RECIPES)), default="default")
 @click.option(
+    "--quick", is_flag=True, help="Look at a quarter: faster, and a little less exact."
+)
+@click.option(
     "--clusters",
     help="Published clusters: a folder or Hugging Face id with flash_head_assets."
     "  [default: cluster here]",

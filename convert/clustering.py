@@ -27,8 +27,9 @@ from .progress import Progress, silent
 
 # Clusters that a token may propose to in one balanced round.
 N_CANDIDATES = 48
-# Groups, nearest to its own, in which a token looks for clusters.
-N_NEAR_GROUPS = 16
+# Groups, nearest to its own, in which a token looks for clusters: in the last round,
+# and in those before, whose centroids still move.
+N_NEAR_GROUPS, N_NEAR_AT_FIRST = 16, 6
 N_COARSE_ITERATIONS = 8
 N_FINE_ITERATIONS = 4
 
@@ -128,7 +129,10 @@ def balanced(
     centroids, group = _hierarchical_start(x, n_clusters, rng, progress)
     for i in range(n_rounds):
         stage = f"Clustering: balanced round {i + 1}/{n_rounds}"
-        candidates, similarity = _near_clusters(x, centroids, group, progress, stage)
+        n_near = N_NEAR_GROUPS if i == n_rounds - 1 else N_NEAR_AT_FIRST
+        candidates, similarity = _near_clusters(
+            x, centroids, group, n_near, progress, stage
+        )
         owner = match(candidates, similarity, room)
         owner = place_leftovers(x, centroids, owner, room)
         order = np.argsort(owner, kind="stable")
@@ -250,15 +254,16 @@ def _near_clusters(
     x: np.ndarray,
     centroids: np.ndarray,
     group: np.ndarray,
+    n_near: int,
     progress: Progress,
     stage: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each token's nearest clusters, sought in the groups near its own."""
+    """Each token's nearest clusters, sought in the n_near groups near its own."""
     names, start = np.unique(group, return_index=True)
     heads = _unit(np.add.reduceat(centroids, start, axis=0))
     k = min(N_CANDIDATES, len(centroids))
     own = nearest(x, heads, 1)[0][:, 0]
-    near = nearest(heads, heads, min(N_NEAR_GROUPS, len(heads)))[0]
+    near = nearest(heads, heads, min(n_near, len(heads)))[0]
     members = np.split(np.arange(len(centroids)), start[1:])
     candidates = np.empty((len(x), k), np.int32)
     similarity = np.empty((len(x), k), np.float32)

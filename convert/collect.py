@@ -7,20 +7,21 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_flashhead.compute.device import side_by_side
 from mlx_flashhead.compute.linalg import matmul
-from mlx_flashhead.evaluation.states import WINDOW, batch_states, hidden_states
+from mlx_flashhead.evaluation.states import finite, lazy_states, windows
 
 from . import answers
 from .progress import Progress, silent
+from .recipes import FULL, Effort
 
-# Tokens taken from the text, evenly over its documents.
-N_TOKENS = 8192
-# Texts that the model reads side by side.
-BATCH = 4
+# Texts that the model reads at once, and at most so many times that side by side.
+BATCH, N_STREAMS = 4, 8
 # One document in this many is held out from the fit, for the report.
 HOLD_OUT = 5
 
@@ -45,12 +46,13 @@ class States:
     held_out: np.ndarray
     n_answered: int = 0
 
-    def typical(self, n: int) -> np.ndarray:
-        """States as decoding meets them, at most n: held-out text, and as many of the
-        model's own answers."""
-        answers = self.fit[len(self.fit) - self.n_answered :]
-        share = n // 2 if len(answers) else n
-        return np.concatenate([_some(self.held_out, share), _some(answers, share)])
+    def reported(self, n: int) -> np.ndarray:
+        """Held-out states, at most n, evenly over all."""
+        return _some(self.held_out, n)
+
+    def answers(self, n: int) -> np.ndarray:
+        """States of the model's own answers, at most n, evenly over all."""
+        return _some(self.fit[len(self.fit) - self.n_answered :], n)
 
     def second_moment(self) -> np.ndarray:
         """S = E[h h^T], float32 ``[D, D]``."""
@@ -108,8 +110,7 @@ def collect(
     tokenizer: TokenizerWrapper,
     head_path: str,
     documents: list[str],
-    n_tokens: int = N_TOKENS,
-    n_answered: int = answers.N_TOKENS,
+    effort: Effort = FULL,
     progress: Progress = silent,
 ) -> States:
     """Run the model over the documents and keep what its head is given, also while a
@@ -120,32 +121,27 @@ def collect(
         tokenizer: Its tokenizer.
         head_path: Dotted path of its head.
         documents: Texts; each takes an even share of the tokens.
-        n_tokens: Tokens of the documents in all, at most.
-        n_answered: Tokens of each answer, at most; 0 for no answers.
+        effort: How many tokens, of the documents and of answers.
         progress: Shows the stages.
     """
-    share = max(16, n_tokens // len(documents))
+    share = max(16, effort.n_tokens // len(documents))
     texts = [tokenizer.encode(text)[: share + 1] for text in documents]
-    fit: list[np.ndarray] = []
-    held_out: list[np.ndarray] = []
-    with progress("Calibration: hidden states", len(documents)) as step:
-        for start in range(0, len(texts), BATCH):
-            for i, states in enumerate(
-                _batch_states(model, head_path, texts[start : start + BATCH]), start
-            ):
-                (held_out if i % HOLD_OUT == HOLD_OUT - 1 else fit).append(states)
-                step()
+    states = read(model, head_path, texts, progress)
+    held_out = states[HOLD_OUT - 1 :: HOLD_OUT]
+    fit = [s for i, s in enumerate(states) if i % HOLD_OUT != HOLD_OUT - 1]
     fitted = [d for i, d in enumerate(documents) if i % HOLD_OUT != HOLD_OUT - 1]
-    prompts = answers.prompts(tokenizer, fitted) if n_answered else None
+    prompts = None
+    if effort.n_answers:
+        prompts = answers.prompts(tokenizer, fitted, effort.n_answers)
     if prompts is not None:
-        with progress("Calibration: answers", n_answered) as step:
+        with progress("Calibration: answers", effort.n_answered) as step:
             fit.append(
                 answers.states(
                     model,
                     head_path,
                     prompts,
                     list(tokenizer.eos_token_ids),
-                    n_tokens=n_answered,
+                    n_tokens=effort.n_answered,
                     step=step,
                 )
             )
@@ -158,11 +154,42 @@ def _some(states: np.ndarray, n: int) -> np.ndarray:
     return states[:: -(-len(states) // n)] if len(states) else states
 
 
-def _batch_states(
-    model: nn.Module, head_path: str, texts: list[list[int]]
+def read(
+    model: nn.Module,
+    head_path: str,
+    texts: list[list[int]],
+    progress: Progress = silent,
 ) -> list[np.ndarray]:
-    """:func:`hidden_states` of each text; at once where their lengths are equal."""
-    length = len(texts[0])
-    if length > WINDOW + 1 or any(len(t) != length for t in texts):
-        return [hidden_states(model, head_path, t) for t in texts]
-    return list(batch_states(model, head_path, texts))
+    """:func:`hidden_states` of each text, windows of the same length BATCH at once."""
+    pieces = [(i, window) for i, text in enumerate(texts) for window in windows(text)]
+    by_length: dict[int, list[int]] = {}
+    for k, (_, window) in enumerate(pieces):
+        by_length.setdefault(len(window), []).append(k)
+    batches = [
+        alike[start : start + BATCH]
+        for alike in by_length.values()
+        for start in range(0, len(alike), BATCH)
+    ]
+    found: list[np.ndarray] = [np.empty(0)] * len(pieces)
+    title = "Calibration: hidden states"
+    with (
+        progress(title, len(batches)) as step,
+        side_by_side(N_STREAMS) as streams,
+    ):
+        for first in range(0, len(batches), len(streams)):
+            some = batches[first : first + len(streams)]
+            lazy = []
+            for stream, batch in zip(streams, some, strict=False):
+                with mx.stream(stream):
+                    tokens = [pieces[k][1] for k in batch]
+                    lazy.append(lazy_states(model, head_path, tokens))
+            mx.eval(lazy)
+            for batch, states in zip(some, lazy, strict=True):
+                for k, own in zip(batch, finite(np.array(states)), strict=True):
+                    found[k] = own
+                step()
+    owner = [i for i, _ in pieces]
+    return [
+        np.concatenate([s for i, s in zip(owner, found, strict=True) if i == text])
+        for text in range(len(texts))
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_flashhead.compute.linalg import blocks
@@ -39,47 +40,69 @@ class Found:
     mass: float
 
 
-def search(
-    head: FlashHead,
-    weight: np.ndarray,
-    states: np.ndarray,
-    bias: np.ndarray | None = None,
-    step: Callable[[], None] = lambda: None,
-) -> list[Found]:
-    """What one in ONE_IN of the clusters finds.
+class Search:
+    """What one in ONE_IN of the clusters finds, on text and on a model's own answers,
+    which count alike.
 
     Args:
         head: The head.
-        weight: Rows of the dense head, float32 ``[V, D]``.
-        states: Hidden states, float32 ``[n, D]``.
-        bias: The dense head's bias, float32 ``[V]``.
-        step: Called after each of :func:`~.fidelity.n_blocks` blocks.
     """
-    order = row_order(head)
-    logits = Logits(head, weight[order], None if bias is None else bias[order])
-    of_centroids, spread = centroid_logits(head), np.array(head.spread)
-    c, least_p = head.n_clusters, max(1, 2 * head.n_always)
-    ps = sorted({min(c, max(least_p, c // n)) for n in ONE_IN})
-    found = []
-    for s in blocks(len(states), len(order)):
-        true = logits(states[s])
-        best = Truth(true).best // head.cluster_size
-        mass = Truth(true / TEMPERATURE).cluster_p
-        scores = np.array(of_centroids(states[s])) + spread
-        own = np.take_along_axis(scores, best[:, None], axis=1)[:, 0]
+
+    def __init__(self, head: FlashHead):
+        c, least_p = head.n_clusters, max(1, 2 * head.n_always)
+        self._head = head
+        self._ps = sorted({min(c, max(least_p, c // n)) for n in ONE_IN})
+        self._spread = np.array(head.spread)
+        self._seen: dict[bool, list[np.ndarray]] = {False: [], True: []}
+
+    def look(self, truth: Truth, scores: mx.array, answers: bool = False) -> None:
+        """See what the dense head makes of some states, and the scores ``[n, C]`` of
+        the centroids."""
+        c = self._head.n_clusters
+        best = truth.best // self._head.cluster_size
+        mass = Truth(truth.logits / TEMPERATURE).cluster_p
+        total = np.array(scores) + self._spread
+        own = np.take_along_axis(total, best[:, None], axis=1)[:, 0]
         # The least score that is probed, for each number of probes.
-        at = [c - p for p in ps]
-        least = np.partition(scores, at, axis=1)[:, at].T
-        sums = [np.sum(mass, axis=1, where=scores >= t[:, None]) for t in least]
-        found.append(np.stack([own >= least, sums]))
-        step()
-    # Of n states one more than was seen may miss.
-    whole = np.concatenate(found, axis=2)
-    best_share, mass_share = (whole.sum(axis=2) + 1) / (whole.shape[2] + 2)
-    return [
-        Found(p, float(b), float(m))
-        for p, b, m in zip(ps, best_share, mass_share, strict=True)
-    ]
+        at = [c - p for p in self._ps]
+        least = np.partition(total, at, axis=1)[:, at].T
+        sums = [(mass * (total >= t[:, None])).sum(axis=1) for t in least]
+        self._seen[answers].append(np.stack([own >= least, sums]))
+
+    def read(
+        self,
+        weight: np.ndarray,
+        states: np.ndarray,
+        bias: np.ndarray | None = None,
+        step: Callable[[], None] = lambda: None,
+    ) -> None:
+        """See answers.
+
+        Args:
+            weight: Rows of the dense head, float32 ``[V, D]``.
+            states: Hidden states, float32 ``[n, D]``.
+            bias: The dense head's bias, float32 ``[V]``.
+            step: Called after each of :func:`~.fidelity.n_blocks` blocks.
+        """
+        order = row_order(self._head)
+        bias = None if bias is None else bias[order]
+        logits = Logits(self._head, weight[order], bias)
+        scores = centroid_logits(self._head)
+        for s in blocks(len(states), len(order)):
+            self.look(Truth(logits(states[s])), scores(states[s]), answers=True)
+            step()
+
+    def found(self) -> list[Found]:
+        """What each number of probes finds."""
+        kinds = [np.concatenate(seen, 2) for seen in self._seen.values() if seen]
+        # Of n states one more than was seen may miss.
+        n = sum(seen.shape[2] for seen in kinds)
+        mean = np.mean([seen.mean(axis=2) for seen in kinds], axis=0)
+        best_share, mass_share = (mean * n + 1) / (n + 2)
+        return [
+            Found(p, float(b), float(m))
+            for p, b, m in zip(self._ps, best_share, mass_share, strict=True)
+        ]
 
 
 def choose(
@@ -94,7 +117,7 @@ def choose(
 
     Args:
         head: The head.
-        found: What :func:`search` says.
+        found: What :meth:`Search.found` says.
         dense_bytes: Bytes of the rows that verify.
         body_bytes: Bytes of the rest of the model.
         rows: As in :class:`Draft`.

@@ -3,7 +3,7 @@ cluster's: on a GPU by MLX, on a CPU by NumPy, in whose hands both are fastest."
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
@@ -16,20 +16,20 @@ from .progress import Progress, silent
 
 def logits(
     clustering: Clustering,
-    weight: np.ndarray,
+    rows: Callable[[slice], Array],
     right: Array,
     *,
     bias: np.ndarray | None = None,
     title: str = "",
     progress: Progress = silent,
-) -> Iterator[tuple[slice, np.ndarray, Array]]:
-    """Some clusters at a time: which, what of their rows is no padding, bool
-    ``[., m]``, and the rows' logits, float32 ``[., m, n]``.
+) -> Iterator[tuple[slice, Array]]:
+    """Some clusters at a time: which, and their rows' logits, float32 ``[., m, n]``;
+    those of padding are some row's.
 
     Args:
-        weight: Rows of the head, float32 ``[V, D]``.
+        rows: Gives clusters' rows, float32 ``[. * m, D]``.
         right: Hidden states, float32 ``[D, n]``, where :func:`place` has put them.
-        bias: The head's bias, ``[V]``.
+        bias: Of each row, ``[C, m]``.
         title, progress: What to show, and how.
     """
     c, m = clustering.token_ids.shape
@@ -37,56 +37,55 @@ def logits(
     with progress(title, -(-c // step_size)) as step:
         for start in range(0, c, step_size):
             s = slice(start, min(c, start + step_size))
-            rows = rows_of(clustering, s)
-            block = product(weight[rows.reshape(-1)], right).reshape(*rows.shape, -1)
+            block = product(rows(s), right).reshape(s.stop - start, m, -1)
             if bias is not None:
-                block += _like(block, bias[rows][..., None])
-            yield s, clustering.token_ids[s] < clustering.vocab_size, block
+                block += _like(block, bias[s, :, None])
+            yield s, block
             step()
 
 
-def rows_of(clustering: Clustering, s: slice) -> np.ndarray:
-    """The rows of clusters s, ``[., m]``; some row that exists for padding."""
-    ids = clustering.token_ids[s]
+def rows_of(clustering: Clustering, s: slice | None = None) -> np.ndarray:
+    """The rows of clusters s, or of all, ``[., m]``; some row that exists for
+    padding."""
+    ids = clustering.token_ids if s is None else clustering.token_ids[s]
     return np.where(ids < clustering.vocab_size, ids, 0)
 
 
-def best(logits: Array, real: np.ndarray) -> np.ndarray:
-    """Largest logit of each cluster, float32 ``[., n]``.
+def is_real(clustering: Clustering, s: slice) -> np.ndarray:
+    """What of the rows of clusters s is no padding, bool ``[., m]``."""
+    return clustering.token_ids[s] < clustering.vocab_size
 
-    Args:
-        logits: float32 ``[., m, n]``.
-        real: What is no padding, bool ``[., m]``.
-    """
+
+def without_padding(logits: Array, real: np.ndarray) -> Array:
+    """Logits ``[., m, n]``, those of padding ``-inf``; NumPy's in their place."""
+    if real.all():
+        return logits
     if isinstance(logits, mx.array):
-        return np.array(mx.where(mx.array(real)[..., None], logits, -mx.inf).max(1))
-    return np.max(logits, axis=1, where=real[..., None], initial=-np.inf)
+        return mx.where(mx.array(real)[..., None], logits, -mx.inf)
+    logits[~real] = -np.inf
+    return logits
 
 
-def log_mass(
-    logits: Array,
-    real: np.ndarray,
-    temperature: float = 1.0,
-    scratch: np.ndarray | None = None,
+def log_masses(
+    logits: Array, top: Array, temperature: float, scratch: np.ndarray | None = None
 ) -> np.ndarray:
     """Log of ``sum(exp(logit / T))`` of each cluster, float32 ``[., n]``.
 
     Args:
-        logits: float32 ``[., m, n]``.
-        real: What is no padding, bool ``[., m]``.
+        logits: float32 ``[., m, n]``, without padding.
+        top: The largest of each cluster, ``[., n]``.
         temperature: T.
         scratch: Memory to work in, of the logits' shape; a fresh array costs more than
             the sum. It can be the logits.
     """
-    if isinstance(logits, mx.array):
-        shown = mx.where(mx.array(real)[..., None], logits / temperature, -mx.inf)
-        return np.array(mx.logsumexp(shown, axis=1))
-    top = best(logits, real)
+    if not isinstance(logits, np.ndarray):
+        return np.array(mx.logsumexp(logits / temperature, axis=1))
+    top = np.asarray(top)
     below = np.subtract(logits, top[:, None], out=scratch)
     if temperature != 1:
-        below /= temperature
-    mass = np.sum(np.exp(below, out=below), axis=1, where=real[..., None])
-    return top / temperature + np.log(mass)
+        below *= np.float32(1 / temperature)
+    mass = np.exp(below, out=below).sum(axis=1)
+    return top / np.float32(temperature) + np.log(mass)
 
 
 def _like(block: Array, a: np.ndarray) -> Array:

@@ -31,7 +31,8 @@ def pack(
     Args:
         clustering: Which tokens stand together.
         table: The model's head as it is stored, ``[V, D]``. If its bits are the ones
-          asked for, its packed rows are only put in another order.
+          asked for, its packed rows are only put in another order; those of a mode
+          other than affine keep its groups.
         weight: The same, float32.
         centroids: Centroid of each cluster, float32 ``[C, D]``.
         bias: The head's bias, ``[V]``.
@@ -48,7 +49,9 @@ def pack(
     index = mx.array(source.astype(np.uint32))
     dtype = table.dtype
     same = table.bits == head_bits == 8 * table.weight.dtype.size or (
-        table.quantized and (table.bits, table.group_size) == (head_bits, group_size)
+        table.quantized
+        and table.bits == head_bits
+        and (table.mode != "affine" or table.group_size == group_size)
     )
     rows = table if exact is None else exact
     if exact is None and not same:

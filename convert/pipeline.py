@@ -33,12 +33,24 @@ from mlx_flashhead.integration.locate import (
     head_table,
 )
 
-from . import calibrate, centroids, clustering, collect, drafting, pack, publish
+from . import (
+    calibrate,
+    centroids,
+    clustering,
+    collect,
+    drafting,
+    pack,
+    publish,
+    statistics,
+)
 from .progress import Progress, bars, silent
 from .published import pack_clusters, read_clusters
 from .recipes import (
+    FULL,
+    QUICK,
     RECIPES,
     SMALL_VOCABULARY,
+    Effort,
     Recipe,
     always_tokens,
     default_group_size,
@@ -49,10 +61,6 @@ from .staging import check_space, is_file, staged, writing
 
 HEAD_BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (32, 64, 128)
-# Held-out states that the report is about, at most.
-N_REPORT = 1024
-# States by which the draft of exact decoding is chosen, at most.
-N_DRAFTS = 1024
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
 
@@ -81,6 +89,7 @@ def convert(
     calibration_data: str | Path | None = None,
     seed: int = 0,
     recipe: str = "default",
+    quick: bool = False,
     clusters: str | Path | None = None,
     overwrite: bool = False,
     upload_repo: str | None = None,
@@ -114,6 +123,8 @@ def convert(
         seed: Seed of the clustering. The same seed gives the same result.
         recipe: ``"default"``, or ``"paper"``: spherical k-means, unit centroids and no
             spread term, as in arXiv 2603.14591.
+        quick: Look at a quarter of the calibration text and answers, and cluster in
+            one round: see docs/commands.md for what that costs.
         clusters: Folder or Hugging Face id of published clusters of this model, in the
             layout of :mod:`mlx_flashhead.convert.clusters`, instead of clustering here.
         overwrite: Replace a model's folder at ``mlx_path``, or a sidecar at
@@ -153,6 +164,7 @@ def convert(
     if upload_repo is not None:
         publish.check_upload(upload_repo)
     documents = collect.read_documents(calibration_data)
+    effort = QUICK if quick else FULL
     progress = bars if verbose else silent
     alone = sidecar is not None
     with staged(target, overwrite, alone) as (result, workspace):
@@ -184,7 +196,7 @@ def convert(
             )
 
         _check_finite(table, path)
-        states = _states(source, tokenizer, path, documents, progress)
+        states = _states(source, tokenizer, path, documents, effort, progress)
         weight = np.array(weight_of.dequantize(mx.float32))
         del weight_of
         bias = _bias(module)
@@ -210,10 +222,18 @@ def convert(
             transform=transform,
             owner=owner,
             exact=rows,
+            effort=effort,
             progress=progress,
         )
-        typical = states.typical(N_DRAFTS)
-        with progress("Choosing the draft", n_blocks(head, len(typical))) as step:
+        search = drafting.Search(head)
+        held_out = states.reported(effort.n_reported)
+        answers = states.answers(effort.n_drafted)
+        with progress("Measuring", n_blocks(head, len(held_out))) as step:
+            fidelity = measure(
+                head, weight, held_out, bias=bias, step=step, watch=search.look
+            )
+        with progress("Choosing the draft", n_blocks(head, len(answers))) as step:
+            search.read(weight, answers, bias, step)
             # Rows that are the source's own where the model's are rounded decide, or
             # the user's own choice of bits, or else the model's rows.
             chosen = head_bits is not None and head.rows.bits != table.bits
@@ -221,14 +241,11 @@ def convert(
             verifying = head.rows if stored else table
             draft = drafting.choose(
                 head,
-                drafting.search(head, weight, typical, bias, step),
+                search.found(),
                 verifying.nbytes,
                 _nbytes(model) - table.nbytes,
                 "stored" if stored else "model",
             )
-        held_out = states.held_out[:: -(-len(states.held_out) // N_REPORT)]
-        with progress("Measuring", n_blocks(head, len(held_out))) as step:
-            fidelity = measure(head, weight, held_out, bias=bias, step=step)
         del weight
         measured = Measured(
             recall=float(fidelity.recall.mean()),
@@ -245,7 +262,8 @@ def convert(
                 stored_rows=not alone and not as_stored,
                 recipe=recipe,
                 seed=seed,
-                calibration=Path(calibration_data or "built-in").name,
+                calibration=Path(calibration_data or "built-in").name
+                + (", quick" if quick else ""),
                 measured=measured,
                 clusters=None if clusters is None else _named(clusters),
                 draft=draft,
@@ -265,7 +283,10 @@ def convert(
             )
             if not alone:
                 config.pop(CONFIG_KEY, None)
-                utils.save(result, source.folder, model, tokenizer, config)
+                if source.multimodal and not quantize and dtype is None:
+                    source.copy(result)
+                else:
+                    utils.save(result, source.folder, model, tokenizer, config)
             for file in [*integrity.weight_files(result), result / HEAD_FILE]:
                 integrity.check_safetensors(file)
             publish.write_card(
@@ -339,6 +360,7 @@ def build_head(
     transform: Transform | None = Transform(),
     owner: np.ndarray | None = None,
     exact: Table | None = None,
+    effort: Effort = FULL,
     progress: Progress = silent,
 ) -> FlashHead:
     """Cluster, pack and calibrate a head.
@@ -355,6 +377,7 @@ def build_head(
         transform: What the model does to its logits; ``None`` if that is not known.
         owner: Cluster of each token, int64 ``[V]``, where that is given.
         exact: The rows as they are to be stored, ``[V, D]``, whatever ``table`` is.
+        effort: How much is looked at.
         progress: Shows the stages.
 
     Raises:
@@ -379,7 +402,12 @@ def build_head(
             n_probes += -(-len(always) // cluster_size)
     if owner is None:
         clusters = clustering.cluster(
-            directions, cluster_size, always=always, seed=seed, progress=progress
+            directions,
+            cluster_size,
+            always=always,
+            seed=seed,
+            n_rounds=effort.n_rounds,
+            progress=progress,
         )
     else:
         clusters = pack_clusters(
@@ -391,11 +419,17 @@ def build_head(
             progress=progress,
         )
     del directions
-    if recipe.fitted_centroids:
-        rows = centroids.fitted_centroids(
-            clusters, weight, states.fit, bias=bias, progress=progress
-        )
-    else:
+    found = statistics.gather(
+        clusters,
+        weight,
+        states.fit,
+        bias=bias,
+        transform=transform,
+        n_mass=effort.n_mass,
+        progress=progress,
+    )
+    rows = found.fitted
+    if not recipe.fitted_centroids:
         rows = centroids.unit_centroids(clusters, weight)
     with progress("Packing", 1) as step:
         head = pack.pack(
@@ -417,7 +451,7 @@ def build_head(
         head,
         clusters,
         weight,
-        states.fit,
+        found,
         bias=bias,
         use_spread=recipe.spread,
         progress=progress,
@@ -427,17 +461,14 @@ def build_head(
 def _head_format(
     table: Table, head_bits: int | None, centroid_bits: int, group_size: int | None
 ) -> tuple[int, int]:
-    """Bits and group size of the rows; the source's where nothing else is asked."""
-    if table.quantized and table.mode != "affine":
-        raise ConvertError(
-            f"the head is quantized with mode {table.mode!r}; dequantize the model "
-            "first (mlx_lm.convert -d)"
-        )
+    """Bits and group size of the rows; the source's where nothing else is asked. The
+    group size is that of centroids alone where the rows keep a mode of their own."""
     keep = table.quantized and head_bits in (None, table.bits)
     bits = head_bits or (table.bits if table.quantized else 8)
     d = table.hidden_size
     if group_size is None:
-        group_size = table.group_size if keep else default_group_size(d)
+        affine = keep and table.mode == "affine"
+        group_size = table.group_size if affine else default_group_size(d)
     if d % group_size and min(bits, centroid_bits) < 16:
         fits = [g for g in GROUP_SIZES if d % g == 0]
         hint = f"use {' or '.join(map(str, fits))}"
@@ -455,6 +486,7 @@ def _states(
     tokenizer: TokenizerWrapper,
     path: str,
     documents: list[str],
+    effort: Effort,
     progress: Progress,
 ) -> collect.States:
     """Calibration states; the model that makes them is in memory only here.
@@ -464,7 +496,7 @@ def _states(
     """
     model = source.load_for_calibration()
     try:
-        return collect.collect(model, tokenizer, path, documents, progress=progress)
+        return collect.collect(model, tokenizer, path, documents, effort, progress)
     except (ValueError, MemoryError):
         raise
     # Whatever the code of a model raises.

@@ -9,7 +9,7 @@ import numpy as np
 
 # Of what a conversion gives: one more where the same input gives another folder, so
 # that folders of before are not taken for those of now.
-VERSION = 3
+VERSION = 4
 
 # Vocabularies up to this size get clusters of frequent tokens, probed at every step
 # and beyond the default number of probes: there a single badly placed frequent token
@@ -42,6 +42,32 @@ RECIPES = {
     # The plain variant of arXiv 2603.14591, for comparison.
     "paper": Recipe(False, False, False, False),
 }
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a conversion looks at.
+
+    Attributes:
+        n_tokens: Tokens of the calibration text, evenly over its documents.
+        n_answers, n_answered: A chat model's own answers, and tokens of each, at most.
+        n_rounds: Balanced rounds of the clustering.
+        n_mass: States, at most, over which a cluster's mean mass is taken.
+        n_reported: Held-out states that the report is about, at most.
+        n_drafted: States of answers, besides these, by which the draft is chosen.
+    """
+
+    n_tokens: int = 8192
+    n_answers: int = 64
+    n_answered: int = 64
+    n_rounds: int = 3
+    n_mass: int = 1024
+    n_reported: int = 1024
+    n_drafted: int = 512
+
+
+FULL = Effort()
+QUICK = Effort(2048, 32, 32, 1, 256, 384, 128)
 
 
 def always_tokens(

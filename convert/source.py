@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,15 +15,25 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mlx.utils import tree_map_with_path
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
+from safetensors import safe_open
 
 from mlx_flashhead.compute.device import for_device, on_gpu
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.folder import integrity
-from mlx_flashhead.folder.section import HEAD_FILE, FormatError, has_section
+from mlx_flashhead.folder.section import (
+    HEAD_FILE,
+    FormatError,
+    has_section,
+    read_config,
+)
 from mlx_flashhead.integration.loading import trusting
 
 if TYPE_CHECKING:
     from .gguf import GGUFModel
+
+
+# Configuration, tokenizer, templates and code.
+_TEXTS = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
 
 
 class SourceError(ValueError):
@@ -48,6 +60,28 @@ class Source:
         """The head's rows ``[V, D]`` as a quantized table, where what they were read
         from holds them in one that the folder had to round."""
         return None if self.gguf is None else self.gguf.exact_head()
+
+    @property
+    def multimodal(self) -> bool:
+        """Whether the model sees or hears, with parts that mlx-lm leaves out."""
+        config = read_config(self.folder)
+        return any(config.get(f"{part}_config") for part in ("vision", "audio"))
+
+    def copy(self, folder: Path) -> None:
+        """Copy what a model is loaded from, its weights as they are: with them the
+        folder is whole for other programs, too."""
+        weights = integrity.weight_files(self.folder)
+        for file in self.folder.iterdir():
+            if file in weights or file.suffix in _TEXTS:
+                shutil.copyfile(file, folder / file.name)
+        index = folder / "model.safetensors.index.json"
+        if not index.exists():
+            # Without it, mlx-vlm takes every file of this kind for the model's.
+            names: dict[str, str] = {}
+            for file in weights:
+                with safe_open(file, "numpy") as tensors:
+                    names |= dict.fromkeys(tensors.keys(), file.name)
+            index.write_text(json.dumps({"weight_map": names}), encoding="utf-8")
 
     def load(
         self, dtype: str | None, as_is: bool = False
@@ -77,7 +111,8 @@ class Source:
         except Exception as e:
             reason = " ".join(str(e).split()) or type(e).__name__
             raise SourceError(
-                f"{self.name}: mlx-lm cannot load this model: {reason[:400]}"
+                f"{self.name}: mlx-lm cannot load this model: {reason[:400]}; use one "
+                "that mlx_lm.generate runs"
             ) from e
         model, tokenizer, config = loaded
         text_config = config.get("text_config") or {}

@@ -134,6 +134,13 @@ def _sweep(target: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
+def recover(target: Path) -> None:
+    """Bring back a folder that a killed process was about to replace."""
+    if not target.exists() and target.parent.is_dir():
+        with _locked(target.parent):
+            _sweep(target)
+
+
 @contextlib.contextmanager
 def _locked(folder: Path, blocking: bool = True) -> Iterator[bool]:
     """Hold the lock of a folder itself, until the block or the process ends; give

@@ -22,7 +22,7 @@ from mlx_flashhead.folder.section import (
 )
 from mlx_flashhead.integration.locate import HeadNotFound, get_module, head_table
 
-from .staging import staged, writing
+from .staging import recover, staged, writing
 
 
 class UpgradeError(ValueError):
@@ -51,6 +51,7 @@ def upgrade(
         that says what to do. The folder is as it was then.
     """
     folder = Path(folder)
+    recover(folder)
     section = read_section(folder) if folder.is_dir() else None
     if section is None:
         raise UpgradeError(

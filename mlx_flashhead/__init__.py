@@ -6,10 +6,12 @@ from .integration.attach import attach, detach
 from .integration.decode import Acceptance, acceptance
 from .integration.decoder import Decoder, Sampled, hidden_states, sample
 from .integration.exact import Verification, verification
+from .integration.grammar import GrammarMask, LLGuidanceMask
 from .integration.locate import flash_heads
 from .integration.patch import patch, patch_decoding, patched, unpatch
 from .load import load
 from .sampling import Settings
+from .sampling.masks import TokenMask
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,8 +19,11 @@ __all__ = [
     "Candidates",
     "Decoder",
     "FlashHead",
+    "GrammarMask",
+    "LLGuidanceMask",
     "Sampled",
     "Settings",
+    "TokenMask",
     "Verification",
     "acceptance",
     "attach",

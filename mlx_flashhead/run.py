@@ -1,4 +1,5 @@
-"""``python -m mlx_flashhead.run mlx_lm.SOMETHING ...``: any mlx-lm command, patched."""
+"""``python -m mlx_flashhead.run mlx_lm.SOMETHING ...``: any command of mlx-lm or
+mlx-vlm, patched."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import click
@@ -43,7 +45,8 @@ OPTIONS = [
 
 
 def run(module: str, argv: list[str], **options: Any) -> None:
-    """Call ``main()`` of an mlx-lm module with these arguments, the patch on.
+    """Call ``main()`` of a module of mlx-lm or mlx-vlm with these arguments, the patch
+    on.
 
     Imported, not run as a script: a script's functions would be copies of those that
     the patch replaces.
@@ -51,15 +54,19 @@ def run(module: str, argv: list[str], **options: Any) -> None:
     Raises:
         ValueError: There is no such command, or it lacks a package.
     """
-    main = None
-    if module.split(".")[0] == "mlx_lm":
+    main, package = None, module.split(".")[0]
+    if package == "mlx_vlm" and find_spec(package) is None:
+        raise ValueError(f"{module} needs pip install 'mlx-flashhead[vlm]'")
+    if package in ("mlx_lm", "mlx_vlm"):
         try:
             main = getattr(importlib.import_module(module), "main", None)
         except ModuleNotFoundError as e:
-            if not (e.name or "").startswith("mlx_lm"):
+            if not (e.name or "").startswith(package):
                 raise ValueError(f"{module} needs a package: {e}") from None
     if main is None:
-        raise ValueError(f"{module} is no command of mlx-lm; try mlx_lm.generate")
+        raise ValueError(
+            f"{module} is no command of mlx-lm or mlx-vlm; try mlx_lm.generate"
+        )
     before = sys.argv
     sys.argv = [module, *argv]
     try:
@@ -110,7 +117,7 @@ def command(
                 type=click.UNPROCESSED,
                 metavar="[OPTIONS OF MLX-LM]..."
                 if module
-                else "mlx_lm.COMMAND [ARGS]...",
+                else "mlx_lm.COMMAND|mlx_vlm.COMMAND [ARGS]...",
             ),
         ],
     )
@@ -119,8 +126,8 @@ def command(
 main = command(
     "mlx_flashhead.run",
     None,
-    "Run any command of mlx-lm with FlashHead: what follows is its name and its own "
-    "arguments, as in mlx_lm.chat --model FOLDER.",
+    "Run any command of mlx-lm or mlx-vlm with FlashHead: what follows is its name and "
+    "its own arguments, as in mlx_lm.chat --model FOLDER.",
 )
 
 if __name__ == "__main__":

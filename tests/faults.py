@@ -35,18 +35,20 @@ from mlx_flashhead.convert import convert
 from mlx_flashhead.convert.gguf import GGUFError, read_gguf
 from mlx_flashhead.convert.gguf.tokenizer import build_tokenizer
 from mlx_flashhead.convert.published import ClustersError, read_clusters
+from mlx_lm.utils import load_model
 
 from mlx_flashhead import flash_heads, load
 from mlx_flashhead.folder import format as files
 from mlx_flashhead.folder import integrity
-from mlx_flashhead.folder.format import HEAD_FILE
 from mlx_flashhead.folder.section import (
     CONFIG_KEY,
+    HEAD_FILE,
     FormatError,
     read_section,
     section_sha256,
 )
 from mlx_flashhead.integration import decode
+from mlx_flashhead.integration.loading import install
 
 VOCAB = 1003
 PROMPT = mx.array([[84, 104, 101, 32, 113, 117, 105, 99, 107]])
@@ -661,6 +663,7 @@ def fuzz(seconds: float, first_seed: int = 0) -> Counter:
         readers = [
             _fuzz_gguf(Path(place)),
             _fuzz_folder(Path(place, "bytes")),
+            _fuzz_sidecar(Path(place, "sidecar")),
             _fuzz_values(Path(place, "values")),
             _fuzz_clusters(Path(place, "clusters")),
         ]
@@ -760,6 +763,35 @@ def _fuzz_folder(place: Path):
     return run
 
 
+def _fuzz_sidecar(place: Path):
+    """Bytes of a sidecar's header, its section among them."""
+    source = small_models.write("llama-tied", place / "source", VOCAB, dtype="bfloat16")
+    file = place / "head.safetensors"
+    convert(str(source), sidecar=file, cluster_size=8, n_probes=90, verbose=False)
+    whole = file.read_bytes()
+    wanted = install(load_model(source)[0], file)(PROMPT)
+    models = [load_model(source)[0]]
+
+    def run(seed: int, counts: Counter) -> None:
+        file.write_bytes(_damage(whole, random.Random(seed), 4000))
+        counts["sidecar"] += 1
+        try:
+            install(models[0], file)
+        except FormatError as e:
+            assert "\n" not in str(e), (seed, str(e))
+            assert not list(flash_heads(models[0])), seed
+            counts["sidecar refused"] += 1
+        except Exception as e:
+            what = f"{type(e).__name__}: {e}"
+            raise AssertionError(f"sidecar, seed {seed}: {what}") from e
+        else:
+            # Of what was changed nothing is asked for.
+            assert mx.array_equal(models[0](PROMPT), wanted), seed
+            models[0] = load_model(source)[0]
+
+    return run
+
+
 _values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: (
@@ -786,7 +818,7 @@ def _fuzz_values(place: Path):
             suppress_health_check=list(HealthCheck),
         )
         @seed(number)
-        @given(st.sampled_from(places), _values, st.sampled_from([1, 2, 3]))
+        @given(st.sampled_from(places), _values, st.sampled_from([1, 2, 3, 4]))
         def one(where, value, version):
             config = json.loads(json.dumps(whole))
             part = config[CONFIG_KEY]

@@ -103,12 +103,193 @@ ARCHITECTURES = {
     ),
 }
 
+_QWEN_LINEAR = {
+    "num_hidden_layers": 4,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+}
+_HYBRID = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_intermediate_size": 64,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_proj_bias": False,
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_n_groups": 1,
+    "mamba_conv_bias": True,
+    "mamba_expand": 1,
+    "layer_types": ["mamba", "attention"],
+}
+_MUSE = {
+    "post_norm_eps": 1e-8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "layer_rope_theta": [10000.0, 0],
+    "sliding_window": 64,
+    "final_logit_softcapping": 20.0,
+    "output_multiplier": 0.25,
+}
+
+# What people run in 2026, besides; likewise, and as they are called.
+CURRENT = {
+    "Llama 3.2": ARCHITECTURES["llama-tied"],
+    "Gemma 3": ARCHITECTURES["gemma3"],
+    "Gemma 3, text only": ARCHITECTURES["gemma3_text"],
+    "Gemma 3n": ARCHITECTURES["gemma3n"],
+    "Gemma 4": (
+        "gemma4",
+        {
+            "text_config": _COMMON
+            | {
+                "model_type": "gemma4_text",
+                "num_hidden_layers": 4,
+                "num_kv_shared_layers": 2,
+                "global_head_dim": 32,
+                "vocab_size_per_layer_input": VOCAB,
+                "hidden_size_per_layer_input": 16,
+                "sliding_window": 64,
+                "sliding_window_pattern": 2,
+            }
+        },
+        "language_model.model.embed_tokens",
+    ),
+    "Qwen 3": ARCHITECTURES["qwen3-tied"],
+    "Qwen 3 VL, text": (
+        "qwen3_vl",
+        {
+            "text_config": _COMMON
+            | {"model_type": "qwen3_vl_text", "tie_word_embeddings": True}
+        },
+        "language_model.model.embed_tokens",
+    ),
+    "Qwen 3 Next": (
+        "qwen3_next",
+        _QWEN_LINEAR
+        | {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "decoder_sparse_step": 1,
+            "shared_expert_intermediate_size": 32,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 32,
+            "partial_rotary_factor": 0.5,
+        },
+        "lm_head",
+    ),
+    "Qwen 3.5": (
+        "qwen3_5",
+        {
+            "text_config": _COMMON
+            | _QWEN_LINEAR
+            | {"model_type": "qwen3_5_text", "tie_word_embeddings": True}
+        },
+        "language_model.model.embed_tokens",
+    ),
+    "LFM 2": (
+        "lfm2",
+        {
+            "norm_eps": 1e-5,
+            "conv_bias": False,
+            "conv_L_cache": 3,
+            "block_dim": HIDDEN,
+            "block_multiple_of": 32,
+            "block_ffn_dim_multiplier": 1.0,
+            "block_auto_adjust_ff_dim": False,
+            "layer_types": ["conv", "full_attention"],
+        },
+        "model.embed_tokens",
+    ),
+    "SmolLM 3": ("smollm3", {"tie_word_embeddings": True}, "model.embed_tokens"),
+    "Granite 4, hybrid": (
+        "granitemoehybrid",
+        _GRANITE | _HYBRID | {"tie_word_embeddings": True},
+        "model.embed_tokens",
+    ),
+    "EXAONE 4": (
+        "exaone4",
+        {
+            "tie_word_embeddings": True,
+            "rope_scaling": {"rope_type": "default", "factor": 1.0},
+            "sliding_window": 64,
+            "sliding_window_pattern": "LG",
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+        "model.embed_tokens",
+    ),
+    "Hunyuan, dense": (
+        "hunyuan_v1_dense",
+        {
+            "tie_word_embeddings": True,
+            "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0},
+        },
+        "model.embed_tokens",
+    ),
+    "Hunyuan, experts": (
+        "hunyuan",
+        {
+            "attention_bias": False,
+            "moe_topk": 2,
+            "num_experts": 4,
+            "num_shared_expert": 1,
+            "use_mixed_mlp_moe": True,
+            "use_qk_norm": True,
+            "use_cla": False,
+            "cla_share_factor": 1,
+            "rope_scaling": {"type": "dynamic", "factor": 1.0, "alpha": 1000.0},
+            "tie_word_embeddings": True,
+        },
+        "model.embed_tokens",
+    ),
+    "ERNIE 4.5": (
+        "ernie4_5",
+        {"use_bias": False, "tie_word_embeddings": True},
+        "model.embed_tokens",
+    ),
+    "Llama 4, text": (
+        "llama4_text",
+        {
+            "intermediate_size_mlp": 96,
+            "no_rope_layers": [1, 0],
+            "use_qk_norm": True,
+            "tie_word_embeddings": True,
+        },
+        "model.embed_tokens",
+    ),
+    "MiniCPM": (
+        "minicpm",
+        {
+            "dim_model_base": 16,
+            "scale_depth": 1.4,
+            "scale_emb": 12,
+            "tie_word_embeddings": False,
+        },
+        "lm_head",
+    ),
+    "MiniCPM, tied": (
+        "minicpm",
+        {
+            "dim_model_base": 16,
+            "scale_depth": 1.4,
+            "scale_emb": 12,
+            "tie_word_embeddings": True,
+        },
+        "model.embed_tokens",
+    ),
+    "Seed-OSS": ("seed_oss", {"tie_word_embeddings": False}, "lm_head"),
+    "Seed-OSS, tied": ("seed_oss", {"tie_word_embeddings": True}, "model.embed_tokens"),
+    "Muse Glimmer": ("muse_glimmer", _MUSE, "lm_head"),
+}
+
 
 def build(
     name: str, vocab_size: int = VOCAB, seed: int = 0, dtype: str = "float32", **extra
 ) -> tuple[nn.Module, dict]:
     """A random model of an architecture above, and its configuration."""
-    model_type, special, _ = ARCHITECTURES[name]
+    model_type, special, _ = (ARCHITECTURES | CURRENT)[name]
     config = json.loads(json.dumps(_COMMON | special | extra))
     config |= {"model_type": model_type, "vocab_size": vocab_size}
     if "text_config" in config:

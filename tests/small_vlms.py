@@ -15,7 +15,9 @@ import mlx.nn as nn
 import numpy as np
 import small_models
 from mlx.utils import tree_flatten
+from PIL import Image
 from small_models import BOS, EOS, HIDDEN
+from tokenizers import Tokenizer
 
 VOCAB = 1003
 IMAGE, VISION_START, VISION_END = 300, 301, 302
@@ -93,6 +95,11 @@ CONFIGS = {
             "block_auto_adjust_ff_dim": False,
             "conv_dim": HIDDEN,
             "conv_dim_out": HIDDEN,
+            "conv_L_cache": 3,
+            "conv_bias": False,
+            "norm_eps": 1e-5,
+            "block_multiple_of": 32,
+            "block_ffn_dim_multiplier": 1.0,
             "num_heads": 4,
             "layer_types": ["conv", "full_attention"] * 2,
             "eos_token_id": EOS,
@@ -110,6 +117,44 @@ CONFIGS = {
         "projector_hidden_size": 48,
     },
 }
+
+# Like Qwen3-VL, but for a text model with recurrent layers and a head of its own.
+CONFIGS["qwen3_5"] = CONFIGS["qwen3_vl"] | {
+    "model_type": "qwen3_5",
+    "text_config": _TEXT
+    | {
+        "model_type": "qwen3_5_text",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "full_attention_interval": 2,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "rope_parameters": {
+            "type": "default",
+            "mrope_section": [4, 2, 2],
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 1.0,
+        },
+    },
+    "vision_config": CONFIGS["qwen3_vl"]["vision_config"]
+    | {"model_type": "qwen3_5", "deepstack_visual_indexes": []},
+}
+
+_MARKS = {
+    IMAGE: "image_pad",
+    VISION_START: "vision_start",
+    VISION_END: "vision_end",
+    303: "video_pad",
+}
+_TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
 
 
 def build(name: str, seed: int = 0) -> tuple[nn.Module, dict]:
@@ -159,7 +204,7 @@ def prompt(name: str, seed: int = 0, n: int = 12) -> dict[str, mx.array]:
     if name == "gemma3":
         pixels = rng.standard_normal((1, 3, 16, 16))
         ids, extra = [BOS, *[IMAGE] * 4, *text], {}
-    elif name == "qwen3_vl":
+    elif name.startswith("qwen3"):
         pixels = rng.standard_normal((32, 3 * 2 * 4 * 4))
         extra = {"image_grid_thw": mx.array([[1, 4, 8]])}
         ids = [BOS, VISION_START, *[IMAGE] * 8, VISION_END, *text]
@@ -188,4 +233,36 @@ def write(name: str, folder: Path, seed: int = 0) -> Path:
     )
     (folder / "config.json").write_text(json.dumps(config))
     small_models.write_tokenizer(folder, VOCAB)
+    if name == "qwen3_vl":
+        _write_processor(folder)
     return folder
+
+
+def _write_processor(folder: Path) -> None:
+    """What makes Qwen3-VL's processor, which is plain Python, of a folder."""
+    path = folder / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    for token, name in _MARKS.items():
+        text = text.replace(f'"<{token}>"', f'"<|{name}|>"')
+    path.write_text(text, encoding="utf-8")
+    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens([f"<|{name}|>" for name in _MARKS.values()])
+    tokenizer.save(str(path))
+    size = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    pixels = {"min_pixels": 256, "max_pixels": 1024}
+    kind = {"processor_class": "Qwen3VLProcessor"}
+    settings = kind | {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        **size,
+        **pixels,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | kind | {"chat_template": _TEMPLATE}
+    path.write_text(json.dumps(config))
+
+
+def picture(file: Path) -> None:
+    """A picture of noise."""
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import small_models
 from mlx_flashhead.convert import answers, collect
+from mlx_flashhead.convert.recipes import FULL
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_flashhead.evaluation.states import StatesError, batch_states
@@ -46,13 +48,13 @@ def chat(case):
 def drawn(monkeypatch):
     """The tokens drawn, ``[B]`` each time."""
     tokens = []
-    categorical = mx.random.categorical
+    draw = answers.draw
 
-    def note(*args, **kwargs):
-        tokens.append(categorical(*args, **kwargs))
+    def note(*args):
+        tokens.append(draw(*args))
         return tokens[-1]
 
-    monkeypatch.setattr(mx.random, "categorical", note)
+    monkeypatch.setattr(answers, "draw", note)
     return tokens
 
 
@@ -84,7 +86,7 @@ def test_many_documents_are_answered_in_all_their_parts(chat):
     tokenizer = chat(TEMPLATE)
     documents = [f"{i:03d} " + DOCUMENTS[0] for i in range(1000)]
     prompts = answers.prompts(tokenizer, documents)
-    assert len(prompts) == answers.N_ANSWERS
+    assert len(prompts) == FULL.n_answers
     shown = [tokenizer.decode(ids) for ids in prompts.tolist()]
     numbers = [int(text.split("[user]")[1][:3]) for text in shown]
     assert numbers == sorted(set(numbers))
@@ -96,7 +98,7 @@ def test_states_are_those_of_the_texts_read_at_once(case, drawn, n_given):
     model, tokenizer, path = case
     prompts = answers.prompts(tokenizer, DOCUMENTS)[:, :n_given]
     found = answers.states(model, path, prompts, [], n_tokens=12)
-    texts = mx.concatenate([prompts, mx.stack(drawn, axis=1)], axis=1)
+    texts = mx.concatenate([prompts, mx.array(np.stack(drawn, axis=1))], axis=1)
     assert texts.shape == (len(DOCUMENTS), n_given + 12)
     found = found.reshape(12, len(DOCUMENTS), -1).swapaxes(0, 1)
     # What is read at once begins with the state after the second token.
@@ -118,7 +120,7 @@ def test_an_answer_ends_with_a_stop_token(case, drawn):
     model, tokenizer, path = case
     prompts = answers.prompts(tokenizer, DOCUMENTS)
     whole = answers.states(model, path, prompts, [], n_tokens=12)
-    tokens = np.stack([np.array(t) for t in drawn])  # [12, B]
+    tokens = np.stack(drawn)  # [12, B]
     stop = int(tokens[3, 2])
     stopped = answers.states(model, path, prompts, [stop], n_tokens=12)
     before = np.cumsum(tokens == stop, axis=0) - (tokens == stop)
@@ -134,7 +136,29 @@ def test_it_ends_when_all_answers_have(case, drawn):
         model, path, prompts, range(small_models.VOCAB), step=lambda: steps.append(1)
     )
     assert len(states) == len(DOCUMENTS) and len(drawn) == 1
-    assert len(steps) == answers.N_TOKENS
+    assert len(steps) == FULL.n_answered
+
+
+def test_answers_that_are_written_side_by_side_are_the_same(case, monkeypatch):
+    model, tokenizer, path = case
+    prompts = answers.prompts(tokenizer, DOCUMENTS)
+    whole = answers.states(model, path, prompts, [], n_tokens=5)
+    monkeypatch.setattr(answers, "GROUP", 4)
+    parts = answers.states(model, path, prompts, [], n_tokens=5)
+    np.testing.assert_allclose(whole, parts, atol=1e-4)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_tokens_are_drawn_by_their_probabilities(monkeypatch, device):
+    monkeypatch.setattr(answers, "on_gpu", lambda: device == "gpu")
+    logits = np.random.default_rng(0).standard_normal((1, 37)).astype(np.float32) * 2
+    p = np.exp(logits[0].astype(np.float64))
+    p /= p.sum()
+    n = 50_000
+    chances = (np.arange(n) + 0.5) / n
+    found = answers.draw(mx.array(np.repeat(logits, n, 0)), chances)
+    shares = np.bincount(found, minlength=37) / n
+    np.testing.assert_allclose(shares, p, atol=2e-4)
 
 
 def test_states_that_are_no_numbers_are_an_error(case, monkeypatch):
@@ -146,10 +170,12 @@ def test_states_that_are_no_numbers_are_an_error(case, monkeypatch):
         answers.states(model, path, prompts, [], n_tokens=2)
 
 
-def test_they_are_added_to_what_is_fitted(case):
+def test_they_are_added_to_what_is_fitted(case, chat):
     model, tokenizer, path = case
-    text = collect.collect(model, tokenizer, path, DOCUMENTS, n_answered=0)
-    both = collect.collect(model, tokenizer, path, DOCUMENTS, n_answered=6)
+    text, both = (
+        collect.collect(model, tokens, path, DOCUMENTS, replace(FULL, n_answered=6))
+        for tokens in (chat(None), tokenizer)
+    )
     assert np.array_equal(both.held_out, text.held_out)
     assert np.array_equal(both.fit[: len(text.fit)], text.fit)
     # One document of nine is held out, and not answered either.

@@ -160,6 +160,30 @@ def test_a_head_that_cannot_be_replaced(make, modules):
     assert_untouched(model, before)
 
 
+@pytest.mark.parametrize("mode", [None, "affine", "mxfp4"])
+def test_a_product_with_the_weight_of_the_embedding(mode):
+    """As Seed-OSS and Llama 4 have it; with packed rows stock mlx-lm cannot."""
+    model = Unusual(lambda model, h: model.act(h @ model.embed.weight.T), act=nn.Tanh())
+    model.embed = nn.Embedding(50, 32)
+    tokens, atol = mx.array([[1, 2]]), 1e-4
+    rows, wanted = model.embed.weight, model(tokens)
+    if mode:
+        model.embed = model.embed.to_quantized(32, 4, mode)
+        with pytest.raises(ValueError, match="matmul"):
+            model(tokens)
+        atol = 0.02 if mode == "mxfp4" else atol  # its embeddings have 16 bits
+        table = head_table(model.embed)
+        rows = table.dequantize(mx.float32)
+        wanted = mx.tanh(model.embed(tokens) @ rows.T)
+    assert find_head(model) == "embed"
+    with watching(model, "embed") as states:
+        assert mx.allclose(model(tokens), wanted, atol=atol)
+    assert len(states) == 1 and mx.allclose(states[0], model.embed(tokens))
+    place(model, "embed", identity_head(head_table(model.embed)))
+    assert mx.allclose(model(tokens), wanted, atol=atol)
+    assert mx.allclose(model.embed.weight, rows, atol=atol)
+
+
 def test_what_is_done_to_logits_one_by_one_is_allowed():
     def after(model, h):
         return mx.log(mx.sigmoid(3 * model.head(h) - 1))

@@ -314,10 +314,18 @@ def body_group_size_that_does_not_fit(folder):
     return {"hf_path": str(source), "quantize": True, "q_group_size": 48}
 
 
-@case("mxfp4", "dequantize")
-def head_in_another_quantization_mode(folder):
+@case("source", "cannot load", "mxfp6")
+def a_quantization_mode_that_mlx_does_not_have(folder):
     quantize = {"group_size": 32, "bits": 4, "mode": "mxfp4"}
-    return {"hf_path": str(source_in(folder, quantize=quantize))}
+    source = source_in(folder, quantize=quantize)
+    head = {"lm_head": quantize | {"mode": "mxfp6"}}
+    return edit_config(source, quantization=quantize | head)
+
+
+@case("--q-mode", "mxfp6", "nvfp4")
+def a_mode_for_the_body_that_mlx_does_not_have(folder):
+    options = {"quantize": True, "q_mode": "mxfp6"}
+    return {"hf_path": str(source_in(folder))} | options
 
 
 @case("--n-probes", "1 to 38", "39")

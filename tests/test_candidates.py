@@ -518,3 +518,38 @@ def test_fit(scale, cap):
 )
 def test_fit_refuses_what_it_cannot_say(function):
     assert Transform.fit(KNOWN, function(KNOWN)) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(temp=3.0),
+        Settings(temp=1.0, top_p=0.9),
+        Settings(temp=1.0, xtc_probability=1.0, xtc_threshold=0.01),
+    ],
+    ids=["greedy", "temperature", "top-p", "XTC"],
+)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": True}, {"transform": Transform(0.5, 30.0)}, {"n_probes": 29}],
+    ids=str,
+)
+def test_the_log_probability_of_the_drawn_token(settings, options):
+    """Is the one among those of the whole vocabulary."""
+    head = head_of(**options)
+    h = mx.array(np.concatenate([state(seed) for seed in range(40)]))
+    drawn = draw(head, settings, h, mx.array([3, 4], mx.uint32))
+    want = mx.take_along_axis(logprobs(head, drawn), drawn.tokens[:, None], axis=1)
+    np.testing.assert_allclose(drawn.logprob, want[:, 0], atol=1e-5)
+
+
+def test_the_log_probability_after_processors():
+    head, x = head_of(), state()
+    processors = make_logits_processors({3: 2.0, 17: -1.0}, 1.3, 4)
+    read, context = read_processors(processors, 230), mx.array([5, 3, 9])
+    for seed in range(20):
+        key = mx.array([5, seed], mx.uint32)
+        drawn = draw(head, Settings(temp=2.0), mx.array(x), key, read, context)
+        want = logprobs(head, drawn)[0, drawn.tokens.item()].item()
+        assert drawn.logprob.item() == pytest.approx(want, abs=1e-5)

@@ -189,7 +189,7 @@ def test_conversion_with_published_clusters(untied_source, tmp_path):
                      clusters=tmp_path / "assets", **options)  # fmt: skip
     plain = convert(str(untied_source), tmp_path / "plain", **options)
     assert theirs.recall > plain.recall - 0.03
-    assert theirs.kl < 1.3 * plain.kl + 0.01
+    assert theirs.kl < 1.5 * plain.kl + 0.02
     assert read_section(tmp_path / "theirs").clusters == "assets"
     assert read_section(tmp_path / "plain").clusters is None
     (head,) = flash_heads(load(tmp_path / "theirs")[0])

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import small_models
 from mlx.utils import tree_flatten
-from mlx_flashhead.convert import collect, convert, pipeline
+from mlx_flashhead.convert import collect, convert, pipeline, statistics
+from mlx_flashhead.convert.recipes import FULL, QUICK
+from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
-from small_heads import unpack
+from small_heads import random_states, unpack
 from test_gguf import gguf_tensors, reference_model, write_gguf
 
 from mlx_flashhead import FlashHead, flash_heads, load
@@ -203,6 +205,52 @@ def test_a_quantized_head_keeps_its_bits(tmp_path, name, bits, group_size):
     np.testing.assert_allclose(ours, wanted, atol=1e-4)
 
 
+MODES = [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("mode, bits, group_size", MODES)
+def test_a_head_in_another_mode_stays_as_it_is(tmp_path, name, mode, bits, group_size):
+    quantize = {"bits": bits, "group_size": group_size, "mode": mode}
+    source = small_models.write(name, tmp_path / "source", 1003, quantize=quantize)
+    report, head = make(source, tmp_path / "made", cluster_size=8)
+    assert (report.head_bits, report.dense_bits) == (bits, bits)
+    rows, centroids = head.rows, head.centroids
+    assert (rows.mode, rows.bits, rows.group_size) == (mode, bits, group_size)
+    assert (centroids.mode, centroids.bits, centroids.group_size) == ("affine", 4, 64)
+    assert_permuted(tmp_path / "made", table := dense_table(source))
+    # Logits of candidates, and those of the dense head, are the values' own.
+    x = mx.array(random_states(3))
+    values = np.array(table.dequantize(mx.float32)).astype(np.float64)
+    found = head.candidates(x)
+    for b, wanted in enumerate(np.array(x) @ values.T):
+        ids, logits = np.array(found.ids[b]), np.array(found.logits[b])
+        real = ids < 1003
+        np.testing.assert_allclose(logits[real], wanted[ids[real]], atol=1e-4)
+    np.testing.assert_allclose(
+        np.array(head.dense(x)), np.array(x) @ values.T, atol=1e-4
+    )
+    # And exact decoding is stock mlx-lm's, from the same folder and from the source.
+    texts = []
+    for open_, folder in ((mlx_lm.load, source), (mlx_lm.load, "made"), (load, "made")):
+        model, tokenizer = open_(str(tmp_path / folder))
+        texts.append(mlx_lm.generate(model, tokenizer, "The fox", max_tokens=20))
+    assert texts[0] == texts[1] == texts[2]
+    model, tokenizer = load(tmp_path / "made", exact=False)
+    sampler = make_sampler(0.8, top_p=0.9)
+    assert mlx_lm.generate(model, tokenizer, "The", max_tokens=9, sampler=sampler)
+
+
+def test_a_head_in_another_mode_can_get_bits(tmp_path):
+    quantize = {"bits": 4, "group_size": 32, "mode": "mxfp4"}
+    source = small_models.write("llama", tmp_path / "source", 600, quantize=quantize)
+    _, head = make(source, tmp_path / "made", head_bits=8)
+    assert (head.rows.mode, head.rows.bits, head.rows.group_size) == ("affine", 8, 64)
+    wanted = np.array(dense_table(source).dequantize(mx.float32))
+    order = np.array(head.token_ids).reshape(-1)[:600]
+    assert np.abs(unpack(head.rows).reshape(-1, 64)[:600] - wanted[order]).max() < 0.02
+
+
 def test_a_quantized_head_can_get_other_bits(tmp_path):
     quantize = {"bits": 4, "group_size": 32}
     source = small_models.write("llama", tmp_path / "source", 600, quantize=quantize)
@@ -375,9 +423,28 @@ def test_calibration_data(untied_source, tmp_path, suffix):
     report, _ = make(untied_source, tmp_path / "made", calibration_data=file)
     assert read_section(tmp_path / "made").calibration == file.name
     # Of twelve texts the fifth and the tenth are held out.
-    share = collect.N_TOKENS // 12
+    share = FULL.n_tokens // 12
     held_out = [min(len(texts[i]), share + 1) - 1 for i in (4, 9)]
     assert report.held_out_tokens == sum(held_out[:1]) == 682  # every second
+
+
+def test_a_quick_conversion_looks_at_less(untied_source, tmp_path, monkeypatch):
+    seen = []
+    gather = statistics.gather
+
+    def note(clusters, weight, states, **options):
+        seen.append((len(states), options["n_mass"]))
+        return gather(clusters, weight, states, **options)
+
+    monkeypatch.setattr(statistics, "gather", note)
+    full, _ = make(untied_source, tmp_path / "full")
+    quick, head = make(untied_source, tmp_path / "quick", quick=True)
+    (n_full, mass), (n_quick, quick_mass) = seen
+    assert n_quick < n_full / 3 and quick_mass < mass / 3
+    assert quick.held_out_tokens <= QUICK.n_reported < full.held_out_tokens
+    assert read_section(tmp_path / "quick").calibration == "built-in, quick"
+    assert read_section(tmp_path / "full").calibration == "built-in"
+    assert np.isfinite(np.array(head.spread)).all()
 
 
 def test_the_same_seed_gives_the_same_files(untied_source, untied_folder, tmp_path):
@@ -431,7 +498,7 @@ def test_the_report_is_true(tmp_path, monkeypatch, name, on_gpu):
     path = find_head(model)
     documents = collect.read_documents(None)
     states = collect.collect(model, tokenizer, path, documents).held_out
-    states = states[:: -(-len(states) // pipeline.N_REPORT)]
+    states = states[:: -(-len(states) // FULL.n_reported)]
     assert report.held_out_tokens == len(states)
     weight = np.array(table.weight).astype(np.float64)
     module = get_module(model, path)

@@ -31,6 +31,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import small_models
+import small_vlms
 from click.testing import CliRunner
 from documents import ROOT, SECTIONS, Section, words
 from mlx_flashhead.convert import convert
@@ -50,6 +51,11 @@ ELSEWHERE = {
         "$(BIN)/mlx_flashhead.demo",
     ),
     "make test": ("is this test suite", ".ci/run", "make test"),
+    "python tests/test_models.py": (
+        "writes a document; the tests find the same, model by model",
+        "tests/test_models.py",
+        "def test_the_document_says_what_works",
+    ),
     "make lint": ("is the other half of CI", ".ci/run", "make lint"),
     "make test-oldest": (
         "makes an environment from the package index",
@@ -126,6 +132,7 @@ SHORTER = {
     "python benchmarks/scaling.py": "--steps 1 --repeats 1 --sweeps bits",
     "python benchmarks/gpu_check.py": "--self-test",
     "python benchmarks/recall.py": "--tokens 500",
+    "python benchmarks/server.py": "--tokens 4 --repeats 1 --answers streaming",
     "python examples/": "--max-tokens 4",
 }
 # Commands that several sections have and that change nothing: the first one runs them.
@@ -146,7 +153,7 @@ MADE_BY = {
     "--states",
     "--prompt-cache-file",
 }
-SERVERS = ("mlx_flashhead.server",)
+SERVERS = ("mlx_flashhead.server", "mlx_flashhead.run mlx_vlm.server")
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 del COMMANDS["mlx_flashhead"]  # runs the others
 
@@ -189,8 +196,14 @@ class Place:
             ("qwen", "qwen3-0.6b-flash"),
         ):
             convert(str(sources / source), self.things / name, verbose=False)
+        seeing = small_vlms.write("qwen3_vl", sources / "seeing")
+        self._add("Qwen/Qwen3-VL-2B-Instruct", seeing)
+        small_vlms.picture(self.things / "photo.png")
         # As if it had been uploaded.
         self._add("you/gemma-3-1b-flash", self.things / "gemma-3-1b-flash")
+        sidecar = self.things / "gemma-3-1b-flashhead"
+        convert(str(sources / "gemma"), sidecar=sidecar, verbose=False)
+        self._add("you/gemma-3-1b-flashhead", sidecar)
         gguf = self.things / "MODEL.gguf"
         write_gguf(gguf, "llama", gguf_tensors("llama", reference_model("llama")))
         convert(gguf_path=str(gguf), mlx_path=self.things / "FOLDER", verbose=False)
@@ -594,7 +607,8 @@ def test_the_speed_is_that_of_the_results():
     sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", results, re.M | re.S))
     texts = result_table("Exact decoding: whole texts, two CPU cores").items()
     alone = sections["Exact decoding: the head alone, NVIDIA H100"]
-    (rows,) = readme_tables("speed")
+    # What is predicted is the second's: tests/test_predict.py.
+    rows, _ = readme_tables("speed")
     # A row's name has the sampler, and the dense head's speed.
     assert [row[1:] for row in rows[:2]] == [
         [name.split(", ")[1], *row[:2]] for name, row in texts
@@ -717,10 +731,14 @@ def test_the_file_format_is_as_documented(tied_folder):
         kind = str(tensor.dtype).split(".")[-1]
         fits = mx.issubdtype(tensor.dtype, mx.floating)
         assert dtypes[name] == kind or (dtypes[name] == "floating" and fits), name
-    (table,) = in_section["docs/file-format.md#the-section-of-configjson"].tables
+    (table,) = in_section["docs/file-format.md#the-section"].tables
     keys = {k for row in table[1:] for k in re.findall(r"`(\w+)`", row[0])}
     stored = json.loads((tied_folder / "config.json").read_text())["flashhead"]
     assert keys - {"clusters"} == stored.keys()
+    _, metadata = mx.load(
+        str(tied_folder / "flashhead.safetensors"), return_metadata=True
+    )
+    assert stored.keys() - {"files"} == json.loads(metadata["flashhead"]).keys()
     version = re.search(
         r"This is version (\d+)", (ROOT / "docs/file-format.md").read_text()
     )

@@ -14,6 +14,7 @@ from small_heads import make_head, random_states
 from mlx_flashhead import flash_heads, load
 from mlx_flashhead.compute.device import on_gpu
 from mlx_flashhead.evaluation import drafts
+from mlx_flashhead.evaluation.fidelity import measure
 from mlx_flashhead.folder.section import FormatError, Section, read_section
 from mlx_flashhead.integration.decode import slot_of
 
@@ -30,7 +31,9 @@ def test_what_each_number_of_probes_finds(case):
     logits = states @ weight.T
     p = np.exp(logits / drafting.TEMPERATURE)
     p /= p.sum(axis=1, keepdims=True)
-    for found in drafting.search(head, weight, states):
+    search = drafting.Search(head)
+    search.read(weight, states)
+    for found in search.found():
         x = mx.array(states)
         probes = head.select(head.centroid_logits(x), found.n_probes)
         ids = np.array(head.token_ids[probes]).reshape(len(states), -1)
@@ -38,6 +41,25 @@ def test_what_each_number_of_probes_finds(case):
         mass = [p[i, row[row < 230]].sum() for i, row in enumerate(ids)]
         assert found.best == pytest.approx((best.sum() + 1) / 62)
         assert found.mass == pytest.approx((np.sum(mass) + 1) / 62, rel=1e-3)
+
+
+def test_text_and_answers_count_alike(case):
+    head, weight, states = case
+    each = []
+    for part in (states[:40], states[40:]):
+        search = drafting.Search(head)
+        search.read(weight, part)
+        each.append([(f.best, f.mass) for f in search.found()])
+    both = drafting.Search(head)
+    measure(head, weight, states[:40], watch=both.look)
+    both.read(weight, states[40:])
+    # Each of n has (n x + 1) / (n + 2).
+    text, answers = (
+        (np.array(x) * (n + 2) - 1) / n for x, n in zip(each, (40, 20), strict=True)
+    )
+    wanted = ((text + answers) / 2 * 60 + 1) / 62
+    found = [(f.best, f.mass) for f in both.found()]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
 
 
 def test_steps_that_stand():

@@ -429,7 +429,7 @@ def test_a_verification_that_accepts_everything_is_caught(untied_folder, monkeyp
     model, tokenizer = drafting(untied_folder, 90)
     next(flash_heads(model)).n_probes = 4
 
-    def careless(self, logits, drafts, context):
+    def careless(self, logits, drafts, context, masks):
         last = coupled.draw(self.head, Settings(), logits[-1:], keys_of(1)).tokens
         tokens = [t.item() for t in drafts[1:]] + last.tolist()
         return [exact.Verified(t, row) for t, row in zip(tokens, logits)]

@@ -19,7 +19,7 @@ from mlx_flashhead.integration import exact, rollback
 from mlx_flashhead.integration.decode import slot_of
 from mlx_flashhead.integration.exact import ExactDecoder, verification
 from mlx_flashhead.integration.keys import Keys
-from mlx_flashhead.sampling import Settings, coupled
+from mlx_flashhead.sampling import Settings, coupled, dense_logprobs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Prose, instructions, code, and nine languages.
@@ -263,7 +263,7 @@ def careless(self, logits, drafts, context):
     last = coupled.draw(self.head, Settings(), logits[-1:], self._key(0)[None]).tokens
     chosen = [draft.item() for draft in drafts[1:]] + last.tolist()
     return [
-        exact.Verified(token, exact.log_softmax(self.head, row[None]))
+        exact.Verified(token, dense_logprobs(self.head, row[None])[0])
         for token, row in zip(chosen, logits)
     ]
 

@@ -3,6 +3,7 @@ write."""
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -81,6 +82,15 @@ def test_own_loop(untied_folder, way):
     assert text.startswith(prompt + each)
     nats = -sum(r.logprobs[r.token].item() for r in responses) / N
     assert re.search(rf"\n\n{nats:.2f}\d nats a token\n$", text), (nats, text)
+
+
+def test_json_schema(untied_folder):
+    text = run("json_schema.py", untied_folder, "--max-tokens", 120)
+    first, second = (json.loads(line) for line in text.splitlines()[:2])
+    for made in (first, second):
+        assert set(made) == {"dish", "minutes", "vegetarian"}
+        assert 5 <= made["minutes"] <= 180
+    assert re.fullmatch(r"[\d.]+ % of the drafts stood", text.splitlines()[2])
 
 
 def test_server_openai(untied_folder):

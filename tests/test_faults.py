@@ -38,4 +38,6 @@ def test_a_server_with_32_clients():
 
 def test_fuzzed_readers():
     counts = faults.fuzz(4)
-    assert all(counts[f"{kind} refused"] for kind in ("GGUF", "folder", "values"))
+    assert all(
+        counts[f"{kind} refused"] for kind in ("GGUF", "folder", "sidecar", "values")
+    )

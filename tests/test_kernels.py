@@ -72,37 +72,40 @@ def case(dtype, bits, group_size, B=2, C=5, m=4, D=256, p=3):
     if bits:
         arrays = mx.quantize(weight, group_size=group_size, bits=bits)
     probes = mx.array([[0, 2, C - 1], [1, 2, 3]], dtype=mx.uint32)[:B, :p]
-    return x, *arrays, probes
+    bias = mx.random.normal((C, m), key=key) if bits == 8 else None
+    return kernels.Rows(x, *arrays, bits or 8, group_size, 18, bias), probes
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [0, 4, 5, 6, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_probe_logits(dtype, bits, group_size):
-    args = case(dtype, bits, group_size)
-    sizes = {"group_size": group_size, "bits": bits or 8, "n_rows": 18}
-    want, bound = reference.logits(*args, group_size, bits, 18)
-    got = np.array(kernels.probe_logits(*args, **sizes))
+    rows, probes = case(dtype, bits, group_size)
+    want, bound = reference.logits(
+        *rows[:4], probes, group_size, bits, rows.n_rows, rows.bias
+    )
+    got = np.array(kernels.probe_logits(rows, probes))
     assert np.isneginf(got[0, -2:]).all() and np.isneginf(want[0, -2:]).all()
     finite = np.isfinite(want)
     assert (np.abs(got[finite] - want[finite]) <= bound[finite]).all()
 
 
 def test_probe_logits_refuses():
-    x, weight, scales, biases, probes = case(mx.float32, 8, 64)
-    good = {"group_size": 64, "bits": 8}
-    for args, sizes, match in [
-        ((x[:, :40], weight, scales, biases, probes), good, "multiple of 32"),
-        ((x, weight, scales, None, probes), good, "together"),
-        ((x, weight, scales, biases, probes[0]), good, "probes"),
-        ((x, weight, scales, biases, probes), {"group_size": 32}, "group"),
-        ((x, weight, scales, biases, probes), {"group_size": 64, "bits": 3}, "bits"),
-        ((x, weight[0], scales, biases, probes), good, "weight"),
-        ((x, weight, scales.astype(mx.float16), biases, probes), good, "float16"),
-        ((x, weight, scales, biases, probes), {**good, "n_rows": 21}, "n_rows"),
+    rows, probes = case(mx.float32, 8, 64)
+    for change, match in [
+        ({"x": rows.x[:, :40]}, "multiple of 32"),
+        ({"biases": None}, "together"),
+        ({"group_size": 32}, "group"),
+        ({"bits": 3}, "bits"),
+        ({"weight": rows.weight[0]}, "weight"),
+        ({"scales": rows.scales.astype(mx.float16)}, "float16"),
+        ({"n_rows": 21}, "n_rows"),
+        ({"bias": mx.zeros(4)}, "bias"),
     ]:
         with pytest.raises(ValueError, match=match):
-            kernels.probe_logits(*args, **sizes)
+            kernels.probe_logits(rows._replace(**change), probes)
+    with pytest.raises(ValueError, match="probes"):
+        kernels.probe_logits(rows, probes[0])
 
 
 # ---- the filters -------------------------------------------------------------------
@@ -137,13 +140,53 @@ def test_filters(row, top_p, min_p, top_k, tail):
 # ---- draft -------------------------------------------------------------------------
 
 
+def drawn(law=None, B=2):
+    """What is asked of 3 of 5 clusters of 2 tokens, and logits of those."""
+    key = mx.random.key(3)
+    probes = mx.array([[0, 2, 3], [1, 2, 4]] * B, mx.uint32)[:B]
+    tail = kernels.Tail(
+        mx.random.normal((B, 5), key=key),
+        *(mx.array([0.5, 1.0, 2.0, 0.0, -1.0]) for _ in range(2)),
+        lambda clusters: (clusters[..., None] + mx.arange(2)) * 0.3,
+        None,
+    )
+    ids = mx.array([[0, 7], [2, 3], [4, 5], [6, 1], [9, 8]], mx.uint32)
+    keys = mx.random.split(key, B)
+    draw = kernels.Draw(probes, ids, kernels.Shaping(), tail, law, keys)
+    return mx.random.normal((B, 6), key=key), draw
+
+
 def test_draft_greedy():
     """Of equals the lowest id; NaN never wins."""
     values = mx.array([[1.0, mx.nan, 3.0, 3.0], [-mx.inf, mx.nan, -mx.inf, -5.0]])
     probes = mx.array([[1, 3], [0, 2]], dtype=mx.uint32)
     ids = mx.array([[0, 10], [20, 30], [40, 50], [70, 60]], dtype=mx.uint32)
-    got = kernels.draft_greedy(values, probes, ids, kernels.Shaping())
-    assert got.tolist() == [60, 50]
+    _, draw = drawn()
+    draw = draw._replace(probes=probes, token_ids=ids)
+    assert kernels.draft(values, draw).tokens.tolist() == [60, 50]
+
+
+@pytest.mark.parametrize("law", [None, kernels.Law(1.5)])
+def test_log_probabilities(law):
+    """Exact where scored, in the cluster that was drawn, too; expected elsewhere."""
+    logits, draw = drawn(law, 40)
+    got = kernels.draft(logits, draw)
+    tail, ids = draw.tail, np.array(draw.token_ids)
+    expected = np.array(tail.centroid_logits + tail.at_one)
+    outside = 0
+    for row, token in enumerate(got.tokens.tolist()):
+        cluster, at = np.argwhere(ids == token)[0]
+        masses = expected[row].astype(np.float64)
+        probes = draw.probes[row].tolist()
+        values = dict(zip(probes, np.array(logits[row]).reshape(3, 2)))
+        if cluster not in probes:
+            outside += 1
+            values[cluster] = (cluster + np.arange(2)) * 0.3
+        for c, value in values.items():
+            masses[c] = np.logaddexp.reduce(value)
+        want = values[cluster][at] - np.logaddexp.reduce(masses)
+        assert abs(got.logprobs[row].item() - want) < 1e-5
+    assert outside > 0 or law is None
 
 
 def test_exp2_is_accurate():

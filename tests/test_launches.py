@@ -34,6 +34,17 @@ def test_a_draw_is_four_launches_for_every_sampler(script, counted):
         assert dict(each["FlashHead"]) == {"QuantizedMatmul": 1, "kernel": 3}, name
 
 
+def test_no_filter_takes_more(script, monkeypatch):
+    filters = {
+        "XTC": {"xtc_probability": 0.5, "xtc_special_tokens": [1, 2]},
+        "all": {"top_p": 0.9, "min_p": 0.1, "min_tokens_to_keep": 3, "top_k": 20},
+    }
+    filters = {name: {"temp": 0.8, **more} for name, more in filters.items()}
+    monkeypatch.setattr(script, "SAMPLERS", filters)
+    for name, each in script.count().items():
+        assert dict(each["FlashHead"]) == {"QuantizedMatmul": 1, "kernel": 3}, name
+
+
 def test_a_verification_does_not_grow_with_its_positions(script, counted, monkeypatch):
     monkeypatch.setattr(script, "VERIFY_EVERY", 2 * script.VERIFY_EVERY)
     twice = script.count()

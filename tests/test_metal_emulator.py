@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from metal import emulator
 
+from mlx_flashhead import kernels
 from mlx_flashhead.kernels import backend
 
-select_probes, draft = (
+select_probes, blocks, draft = (
     importlib.import_module(f"mlx_flashhead.kernels.{name}")
-    for name in ("select_probes", "draft")
+    for name in ("select_probes", "blocks", "draft")
 )
 X = mx.arange(64, dtype=mx.float32)
 
@@ -212,17 +213,18 @@ def test_a_wrong_kernel_is_caught(what):
         launch(source, inputs, names, header)
 
 
-NUCLEUS = draft.Law(0.7, draft.filters.Rules(top_p=0.9))
+EVERY_FILTER = draft.LAWS["XTC, all"]
 
 
 # Barriers that could go would be found out here, too.
 @pytest.mark.parametrize(
     "module, name, case",
     [
-        (select_probes, "_kernel", select_probes.Case(70, 5)),
-        (draft, "_sampled", draft.Case(NUCLEUS, 5, 12, 33, 32, 0, 32)),
+        (select_probes, "_kept", select_probes.Case(70, 5, kept=True)),
+        (blocks, "_scored", blocks.Case(kernels.Law(0.8), 5, 12, 33, 32, 0, 32)),
+        (draft, "_sampled", draft.Case(EVERY_FILTER, 5, 40, 60, 32, 0, 32)),
     ],
-    ids=["select_probes", "draft_sampled"],
+    ids=["select_probes", "blocks", "draft_sampled"],
 )
 def test_every_barrier_of_the_kernels_matters(module, name, case, monkeypatch):
     monkeypatch.setattr(backend, "kind", lambda: "metal")
@@ -245,15 +247,17 @@ def test_every_barrier_of_the_kernels_matters(module, name, case, monkeypatch):
 
 def best_of_three():
     """The best of one row's three tokens, the second."""
-    probes, ids = mx.zeros((1, 1), mx.uint32), mx.array([[5, 6, 7]], mx.uint32)
+    _, draw, _ = draft.made(draft.Case(None, 3, 1, 1, 32, 0, 32), 1)
+    draw = draw._replace(token_ids=mx.array([[5, 6, 7]], mx.uint32))
     values = mx.array([[1.0, 3.0, 2.0]])
-    return draft.draft_greedy(values, probes, ids, draft.Shaping()).tolist()
+    return draft.draft(values, draw, draft._summary(values, draw)).tokens.tolist()
 
 
 def test_a_kernel_that_does_not_compile_gives_way_to_plain_mlx(monkeypatch):
     """As on a device: one warning, then plain MLX, and the state for the doctor."""
+    right = draft._greedy
     broken = backend.Kernel(
-        "draft_greedy", draft._greedy.inputs, ["tokens"], "this is not Metal;"
+        right.name, right.inputs, right.outputs, "this is not Metal;"
     )
     monkeypatch.setattr(draft, "_greedy", broken)
     monkeypatch.setattr(backend, "kind", lambda: "metal")
@@ -270,7 +274,9 @@ def test_a_kernel_that_does_not_compile_gives_way_to_plain_mlx(monkeypatch):
 def test_a_kernel_that_differs_gives_way_to_plain_mlx(monkeypatch):
     right = draft._greedy
     source = right.source.replace("tokens[row] = ", "tokens[row] = 1 + ")
-    wrong = backend.Kernel(right.name, right.inputs, ["tokens"], source, right.header)
+    wrong = backend.Kernel(
+        right.name, right.inputs, right.outputs, source, right.header
+    )
     monkeypatch.setattr(draft, "_greedy", wrong)
     monkeypatch.setattr(backend, "kind", lambda: "metal")
     monkeypatch.setattr(backend, "states", {})

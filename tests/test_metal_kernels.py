@@ -14,9 +14,10 @@ import pytest
 from metal import emulator, reference
 from versions import kernels_need_metal
 
+from mlx_flashhead import kernels
 from mlx_flashhead.kernels import backend, doctor
 
-select_probes, probe_logits, draft = KERNELS = [
+select_probes, probe_logits, blocks, draft = KERNELS = [
     importlib.import_module(f"mlx_flashhead.kernels.{name}") for name in doctor.KERNELS
 ]
 
@@ -51,7 +52,8 @@ def cases(kernel, slow=lambda case: False):
 @pytest.mark.parametrize("case", cases(select_probes, lambda case: case.C > 10_000))
 def test_select_probes(case):
     scores, spread = select_probes.inputs(case)
-    got = select_probes._launch(scores, case.p, spread, select_probes.largest(case))
+    threads = select_probes.largest(case)
+    got = select_probes._launch(scores, case.p, spread, threads, case.kept)
     total = np.array(scores.astype(mx.float32))
     if spread is not None:
         total = total + np.array(spread.astype(mx.float32))
@@ -63,16 +65,17 @@ def test_select_probes(case):
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, -np.nan, 1.0, -2.0, 1e-40]
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("flush", [False, True])
 @pytest.mark.parametrize("p", [1, 150, 299])
-def test_select_probes_breaks_ties_by_index(p, flush, monkeypatch):
+def test_select_probes_breaks_ties_by_index(p, flush, kept, monkeypatch):
     """Also among subnormal numbers, where a device has none: scores are compared as
     integers."""
     device = emulator.device(flush_subnormals=flush)
     monkeypatch.setattr(backend.Kernel, "__call__", device)
     picked = np.random.default_rng(p).choice(SPECIAL, size=(2, 300))
     scores = mx.array(picked.astype(np.float32))
-    got = select_probes._launch(scores, p, None, 256)
+    got = select_probes._launch(scores, p, None, 256, kept)
     want = reference.select(picked.astype(np.float32), p)
     np.testing.assert_array_equal(np.array(got), want)
 
@@ -81,12 +84,11 @@ def test_select_probes_breaks_ties_by_index(p, flush, monkeypatch):
 
 
 def check_probe(case):
-    arrays = probe_logits.inputs(case)
-    probes, n_rows = probe_logits.probed(case)
-    x, *rows = arrays
-    bits = case.bits or 8 * case.dtype.size
-    found = probe_logits._launch(*arrays, probes, case.group_size, bits, n_rows, 64)
-    want, bound = reference.logits(x, *rows, probes, case.group_size, case.bits, n_rows)
+    rows, probes = probe_logits.inputs(case), probe_logits.probed(case)
+    found = probe_logits._launch(rows, probes, 64)
+    want, bound = reference.logits(
+        *rows[:4], probes, case.group_size, case.bits, rows.n_rows, rows.bias
+    )
     got = np.array(found)
     assert got.dtype == np.float32
     finite = np.isfinite(want)
@@ -109,9 +111,8 @@ def test_padding_is_minus_infinity():
     """Of a cluster that has some rows, and of one that has none."""
     weight = mx.ones((3, 4, 32))
     probes = mx.array([[0, 1, 2]], dtype=mx.uint32)
-    got = probe_logits.probe_logits(
-        -mx.ones((1, 32)), weight, None, None, probes, n_rows=5
-    )
+    rows = probe_logits.Rows(-mx.ones((1, 32)), weight, None, None, 32, 32, 5)
+    got = probe_logits.probe_logits(rows, probes)
     assert got.tolist() == [[-32.0] * 5 + [-mx.inf] * 7]
     assert all(state.threads == 64 for state in backend.states.values())
 
@@ -120,32 +121,21 @@ def test_padding_is_minus_infinity():
 
 
 def drafted(law):
-    """A choice, or a draw, among so much that the kernel has its largest group."""
-    m, p, c, d = 8, 520, 600, 32
-    logits = mx.random.normal((2, p * m), key=mx.random.key(2))
-    probes = mx.broadcast_to(mx.arange(p, dtype=mx.uint32), (2, p))
-    ids = mx.arange(c * m, dtype=mx.uint32).reshape(c, m)
-    args = (logits, probes, ids, draft.Shaping())
-    if law is None:
-        return draft.draft_greedy(*args)
-    x, rows = mx.zeros((2, d)), mx.random.normal((c, m, d), key=mx.random.key(3))
-    tail = draft.Tail(
-        mx.zeros((2, c)),
-        mx.zeros((c,)),
-        mx.zeros((c,)),
-        lambda clusters: mx.zeros((2, 1, m)),
-        draft.Rows(x, rows, None, None, 32, 32, c * m),
-    )
-    keys = mx.random.split(mx.random.key(4), 2)
-    return draft.draft_sampled(*args, keys, law, tail)
+    """A choice, or a draw, among so much that a filter has its largest group."""
+    _, draw, logits = draft.made(draft.Case(law, 8, 520, 600, 32, 0, 32))
+    return draft.draft(logits, draw, draft._summary(logits, draw)).tokens
+
+
+def probed_blocks():
+    rows, draw, _ = draft.made(draft.Case(kernels.Law(0.8), 8, 9, 150, 32, 0, 32))
+    return blocks.probe_blocks(rows, draw)[1]
 
 
 CALLS = {
     "select_probes": lambda: select_probes.select_probes(
         mx.random.normal((2, 2500), key=mx.random.key(1)), 99
     ),
-    "draft_greedy": lambda: drafted(None),
-    "draft_sampled": lambda: drafted(draft.Law(0.8, draft.filters.Rules(top_p=0.9))),
+    "draft_sampled": lambda: drafted(kernels.Law(0.8, draft.filters.Rules(top_p=0.9))),
 }
 
 
@@ -159,7 +149,9 @@ def test_fewer_threads_where_registers_are_few(name, monkeypatch, recwarn):
     monkeypatch.setattr(backend, "states", {})
     monkeypatch.setattr(backend.Kernel, "__call__", emulator.device(max_threads=512))
     assert mx.array_equal(CALLS[name](), with_all)
-    ((variant, state),) = backend.states.items()
+    # Of select_probes first the kernel that keeps more in registers was tried.
+    *refused, (variant, state) = backend.states.items()
+    assert all(other.threads == 0 for _, other in refused)
     assert variant.startswith(name) and state.threads == 512
     assert "1024) is greater than" in state.words
     assert doctor.report(run=False)["kernels"][variant] == state.words
@@ -172,14 +164,14 @@ def test_plain_mlx_where_no_group_fits(monkeypatch):
     with pytest.warns(
         RuntimeWarning, match="plain MLX replaces the kernel draft_greedy"
     ):
-        got = CALLS["draft_greedy"]()
+        got = drafted(None)
     (state,) = backend.states.values()
     assert state.threads == 0
     monkeypatch.setattr(backend, "kind", lambda: "plain")
-    assert mx.array_equal(CALLS["draft_greedy"](), got)
+    assert mx.array_equal(drafted(None), got)
 
 
-ALL_RULES = draft.Law(0.9, draft.filters.Rules(top_p=0.97, min_p=0.01, top_k=60))
+ALL_RULES = draft.LAWS["XTC, all"]
 
 
 @pytest.mark.parametrize("threads", [512, 256])
@@ -187,7 +179,8 @@ ALL_RULES = draft.Law(0.9, draft.filters.Rules(top_p=0.97, min_p=0.01, top_k=60)
     "kernel, case",
     [
         (select_probes, select_probes.Case(2049, 128, mx.bfloat16, mx.float32)),
-        (draft, draft.Case(None, 13, 400, 500, rounding=mx.float16)),
+        (select_probes, select_probes.Case(2049, 128, mx.bfloat16, kept=True)),
+        (blocks, blocks.Case(kernels.Law(0.8), 16, 20, 300)),
         (draft, draft.Case(ALL_RULES, 16, 20, 40, 96, 8, 32, mx.bfloat16)),
     ],
 )
@@ -199,7 +192,7 @@ def test_the_number_of_threads_does_not_matter(kernel, case, threads):
     "kernel, case",
     [
         (select_probes, select_probes.Case(300, 20, mx.float16, mx.float32)),
-        (draft, draft.Case(None, 3, 40, 50, rounding=mx.float16)),
+        (blocks, blocks.Case(None, 3, 40, 50, rounding=mx.float16)),
         (draft, draft.Case(ALL_RULES, 5, 12, 33, 32, 4, 32, mx.float16)),
     ],
 )
@@ -217,9 +210,10 @@ def test_logits_where_subnormal_numbers_are_zero(monkeypatch):
     monkeypatch.setattr(backend.Kernel, "__call__", device)
     np.testing.assert_array_equal(check_probe(case), usual)
     x = mx.full((1, 32), 2.0**-20).astype(mx.float16)
-    rows = mx.full((1, 4, 32), 2.0**-24).astype(mx.float16)
+    weight = mx.full((1, 4, 32), 2.0**-24).astype(mx.float16)
     probes = mx.array([[0]], dtype=mx.uint32)
-    got = probe_logits._launch(x, rows, None, None, probes, 32, 16, 4, 64)
+    rows = probe_logits.Rows(x, weight, None, None, 16, 32, 4)
+    got = probe_logits._launch(rows, probes, 64)
     assert got.tolist() == [[2.0**-39] * 4]
 
 
@@ -241,21 +235,21 @@ def test_cases_have_names_of_their_own(kernel):
 
 @pytest.mark.parametrize("B, p", [(0, 3), (2, 0)])
 def test_nothing_to_probe(B, p):
-    x, weight, *_ = probe_logits.inputs(probe_logits.Case(mx.float32, 0, 32, 32, 4, B))
+    rows = probe_logits.inputs(probe_logits.Case(mx.float32, 0, 32, 32, 4, B))
     probes = mx.zeros((B, p), dtype=mx.uint32)
-    assert probe_logits.probe_logits(x, weight, None, None, probes).shape == (B, 4 * p)
+    assert probe_logits.probe_logits(rows, probes).shape == (B, 4 * p)
 
 
-def test_an_empty_batch():
+@pytest.mark.parametrize("law", [None, kernels.Law(0.8)])
+def test_an_empty_batch(law):
     scores = mx.zeros((0, 40))
     assert select_probes.select_probes(scores, 3).shape == (0, 3)
-    probes, ids = mx.zeros((0, 5), mx.uint32), mx.zeros((10, 8), mx.uint32)
-    args = (scores, probes, ids, draft.Shaping())
-    rows = draft.Rows(mx.zeros((0, 32)), mx.zeros((10, 8, 32)), None, None, 32, 32, 80)
-    none = mx.zeros((10,))
-    tail = draft.Tail(mx.zeros((0, 10)), none, none, lambda clusters: clusters, rows)
-    keys = mx.zeros((0, 2), mx.uint32)
-    drawn = draft.draft_sampled(*args, keys, draft.Law(0.8), tail)
-    for got in (draft.draft_greedy(*args), drawn):
-        assert got.shape == (0,) and got.dtype == mx.uint32
+    rows, draw, _ = draft.made(draft.Case(law, 8, 5, 10, 32, 0, 32), 1)
+    rows = rows._replace(x=rows.x[:0])
+    draw = draw._replace(probes=draw.probes[:0])
+    logits, summary = blocks.probe_blocks(rows, draw)
+    assert logits.shape == (0, 40) and summary is None
+    got = draft.draft(logits, draw)
+    assert got.tokens.shape == (0,) and got.tokens.dtype == mx.uint32
+    assert got.logprobs.shape == (0,)
     assert not backend.states

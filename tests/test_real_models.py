@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import gguf
 import mlx.core as mx
@@ -17,15 +18,18 @@ import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_map
-from mlx_flashhead.convert import collect
+from mlx_flashhead.convert import collect, convert
 from mlx_flashhead.convert.gguf import read_gguf
 from mlx_flashhead.convert.pipeline import build_head
-from mlx_flashhead.convert.recipes import RECIPES
+from mlx_flashhead.convert.recipes import FULL, RECIPES
+from mlx_flashhead.convert.source import open_gguf
+from mlx_flashhead.convert.upgrade import upgrade
 from mlx_lm.utils import load_model
 from real_models import Converted, gemma_gguf, smollm_gguf
 from test_gguf import REFERENCE, gguf_name
 
-from mlx_flashhead import flash_heads
+from mlx_flashhead import flash_heads, load, patch_decoding, verification
+from mlx_flashhead.integration.loading import install
 from mlx_flashhead.integration.locate import get_module, head_table
 
 GIB = 2**30
@@ -107,8 +111,7 @@ def test_smollm_beats_the_paper_on_the_same_states(smollm):
         tokenizer,
         "model.embed_tokens",
         documents,
-        n_tokens=1024,
-        n_answered=0,
+        replace(FULL, n_tokens=1024, n_answers=0),
     )
     module = get_module(model, "model.embed_tokens")
     paper = build_head(
@@ -157,16 +160,58 @@ def test_gemma_greedy_text_is_mostly_that_of_the_dense_head(gemma):
     assert same_choices(gemma, 10) > 0.6
 
 
-# ---------------------------------------------------------------------------
-# What was in the GGUF files, against llama.cpp and the gguf package
-# ---------------------------------------------------------------------------
-
 REAL = {"gemma3-270m": "gemma", "smollm2-135m": "smollm"}
 
 
 @pytest.fixture
 def real(request, name) -> Converted:
     return request.getfixturevalue(REAL[name])
+
+
+# ---------------------------------------------------------------------------
+# Sidecars
+# ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, size", [("gemma3-270m", 10e6), ("smollm2-135m", 2e6)])
+def test_a_real_sidecar(real, name, size, tmp_path):
+    """A small file, with which the plain model in the folder decodes its own tokens:
+    the file's rows, rounded to bfloat16, not the FlashHead's Q8_0."""
+    file = tmp_path / "head.safetensors"
+    upgrade(real.folder, file)
+    assert file.stat().st_size < size
+    tokenizer = real.dense[1]
+    patch_decoding()
+    dense, exact = (load_model(real.folder, lazy=True)[0] for _ in range(2))
+    dense.set_dtype(mx.float32)
+    install(exact, file, "exact", model_folder=real.folder)
+    with verification() as counted:
+        for prompt in PROMPTS[:2]:
+            wanted = greedy(dense, tokenizer, prompt, 12)
+            assert greedy(exact, tokenizer, prompt, 12) == wanted
+    assert counted.acceptance > 0.6
+
+
+@pytest.mark.full
+def test_a_sidecar_of_a_quantized_real_model(tmp_path):
+    """As mlx-community has them: converted, in a file, and decoded with."""
+    source = open_gguf(str(smollm_gguf()), tmp_path, None).folder
+    quantized = tmp_path / "8bit"
+    mlx_lm.convert(str(source), str(quantized), quantize=True, q_bits=8)
+    file = tmp_path / "head.safetensors"
+    report = convert(str(quantized), sidecar=file, verbose=False)
+    assert file.stat().st_size < 2e6 and report.dense_bits == report.head_bits == 8
+    assert report.recall > 0.95
+    model, tokenizer = load(quantized, flashhead=file)
+    dense, _ = load(quantized, flashhead=file, dense=True)
+    for prompt in PROMPTS:
+        wanted = greedy(dense, tokenizer, prompt, 24)
+        assert greedy(model, tokenizer, prompt, 24) == wanted
+
+
+# ---------------------------------------------------------------------------
+# What was in the GGUF files, against llama.cpp and the gguf package
+# ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", REAL)

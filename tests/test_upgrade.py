@@ -168,6 +168,18 @@ def test_an_error_leaves_the_folder_as_it_was(folder, monkeypatch, error):
     assert [f.name for f in folder.parent.iterdir() if f.name != "cache"] == ["model"]
 
 
+def test_what_a_killed_upgrade_left_comes_back(folder):
+    """Killed between the two renames that replace a folder."""
+    of_version(folder, 3)
+    before = content(folder)
+    hidden = folder.parent / f".{folder.name}.partial-x"
+    hidden.mkdir()
+    folder.rename(hidden / "old")
+    upgrade(folder)
+    assert content(folder).keys() == before.keys() and not hidden.exists()
+    assert section_of(folder).format_version == 4
+
+
 def test_what_cannot_be_upgraded(folder, untied_source, tmp_path):
     for what in (untied_source, tmp_path / "nothing", tmp_path):
         with pytest.raises(UpgradeError, match="no FlashHead"):

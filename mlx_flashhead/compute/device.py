@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,6 +24,36 @@ def for_device(model: nn.Module) -> nn.Module:
     if not on_gpu():
         model.set_dtype(mx.float32)
     return model
+
+
+@contextmanager
+def side_by_side(n: int) -> Iterator[list[mx.Stream]]:
+    """Context with streams that compute side by side, at most n, to be evaluated
+    together: on a CPU one for each core, as MLX uses one for all but products, and
+    these are not split any further meanwhile. A GPU has one."""
+    n = 1 if on_gpu() else min(n, os.cpu_count() or 1)
+    if n == 1:
+        yield [mx.default_stream(mx.default_device())]
+        return
+    with _one_thread_a_product():
+        yield [mx.new_stream(mx.cpu) for _ in range(n)]
+
+
+@contextmanager
+def _one_thread_a_product() -> Iterator[None]:
+    """Context in which OpenBLAS, where MLX uses it, computes a product in its caller's
+    thread. Its own threads would be waited for by one caller after another."""
+    blas = ctypes.CDLL(None)
+    try:
+        n = blas.openblas_get_num_threads()
+        blas.openblas_set_num_threads(1)
+    except AttributeError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        blas.openblas_set_num_threads(n)
 
 
 def disable_tf32() -> None:

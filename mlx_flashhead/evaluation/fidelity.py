@@ -106,6 +106,7 @@ def measure(
     temperatures: Sequence[float] = (1.0,),
     details: bool = False,
     step: Callable[[], None] = lambda: None,
+    watch: Callable[[Truth, mx.array], None] = lambda truth, scores: None,
 ) -> Fidelity:
     """Compare a FlashHead with the dense head on hidden states.
 
@@ -117,6 +118,8 @@ def measure(
         temperatures: Those at which the distributions are compared.
         details: Whether to find what :class:`Distribution` has only then.
         step: Called after each block of :func:`n_blocks`.
+        watch: Given what the reference makes of each block, and the scores of its
+            centroids, ``[., C]``.
     """
     order = row_order(head)
     reference = Logits(head, weight[order], None if bias is None else bias[order])
@@ -127,6 +130,7 @@ def measure(
         h = states[s]
         true, own, scores = reference(h), stored(h), of_centroids(h)
         plain = Truth(true), HeadLogits(own)
+        watch(plain[0], scores)
         probed = probed_clusters(head.select(scores), head.n_clusters)
         parts.append((plain[0].recall(probed), plain[1].best(probed) == plain[0].best))
         for t in by_temperature:

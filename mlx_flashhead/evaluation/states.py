@@ -37,11 +37,17 @@ def stream_states(
     Raises:
         StatesError: There are NaN or infinite states.
     """
+    for window in windows(tokens):
+        yield batch_states(model, head_path, [window])[0]
+
+
+def windows(tokens: Sequence[int]) -> Iterator[list[int]]:
+    """What :func:`stream_states` reads at once of a text."""
     for start in range(0, max(1, len(tokens) - 1), WINDOW):
         window = list(tokens[start : start + WINDOW + 1])
         if start:
             window[0] = tokens[0]
-        yield batch_states(model, head_path, [window])[0]
+        yield window
 
 
 def batch_states(
@@ -49,9 +55,14 @@ def batch_states(
 ) -> np.ndarray:
     """States ``[B, n - 1, D]`` after each token but the first of ``tokens [B, n]``,
     all read at once. See :func:`stream_states`."""
+    return finite(np.array(lazy_states(model, head_path, tokens)))
+
+
+def lazy_states(model: nn.Module, head_path: str, tokens: list[list[int]]) -> mx.array:
+    """:func:`batch_states`, float32, not evaluated."""
     with watching(model, head_path) as states:
         model(mx.array(tokens))
-    return finite(np.array(states[-1][:, 1:].astype(mx.float32)))
+    return states[-1][:, 1:].astype(mx.float32)
 
 
 def finite(states: np.ndarray) -> np.ndarray:

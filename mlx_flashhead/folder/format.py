@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -234,10 +235,10 @@ def in_order(
     # A part at a time: whole, the rows would be in memory in float32.
     size = max(1, _AT_ONCE // (section.cluster_size * section.hidden_size))
     parts = [index[i : i + size] for i in range(0, section.n_clusters, size)]
-    largest = _largest(table, parts)
+    largest = _largest(table) if table.dtype == mx.bfloat16 else math.inf
     made = []
     for i in parts:
-        rows = table.take(i, mx.float32)
+        rows = table.take(i, mx.float32 if table.quantized else None)
         part = repack(rows, table.dtype, form.bits, form.group_size, largest)
         mx.eval(part.parameters())
         made.append(part.arrays)
@@ -250,13 +251,20 @@ def in_order(
     return whole
 
 
-def _largest(table: Table, parts: list[mx.array]) -> float:
-    """Largest magnitude in a table ``[V, D]``, which parts of it cover."""
-    if not table.quantized:
-        ends = mx.stack([table.weight.max(), -table.weight.min()])
-        return cast(float, ends.max().item())
-    each = (mx.abs(table.take(i, mx.float32)).max().item() for i in parts)
-    return max(cast(float, m) for m in each)
+def _largest(table: Table) -> float:
+    """Largest magnitude in a table ``[V, D]`` of bfloat16, a part at a time."""
+    found = 0.0
+    size = max(1, _AT_ONCE // table.hidden_size)
+    for start in range(0, table.weight.shape[0], size):
+        part = table.map(lambda a, s=start: a[s : s + size])  # type: ignore[misc]
+        if table.quantized:
+            most = mx.abs(part.dequantize(mx.float32)).max()
+        else:
+            # Magnitudes are in the order of their bits, whose maximum is found in a
+            # tenth of the time on a CPU.
+            most = (part.weight.view(mx.uint16) & 0x7FFF).max().view(mx.bfloat16)
+        found = max(found, cast(float, most.item()))
+    return found
 
 
 def _require(holds: bool, otherwise: str) -> None:
@@ -285,8 +293,10 @@ def _check_tensors(tensors: dict[str, mx.array], section: Section) -> None:
             continue
         _require(d % group_size == 0, f"{name}: groups do not fit {d}")
         expected[f"{name}.weight"] = ((*lead, d * bits // 32), mx.uint32)
-        for part in ("scales", "biases"):
-            expected[f"{name}.{part}"] = ((*lead, d // group_size), mx.floating)
+        affine = form.mode == "affine"
+        scales = (*lead, d // group_size), mx.floating if affine else mx.uint8
+        for part in ("scales", "biases") if affine else ("scales",):
+            expected[f"{name}.{part}"] = scales
     unknown = sorted(tensors.keys() - expected.keys())
     _require(not unknown, f"unknown tensor {unknown[:1]}")
     for name, (shape, kind) in expected.items():

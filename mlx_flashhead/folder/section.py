@@ -27,6 +27,8 @@ HEAD_FILE = "flashhead.safetensors"
 # Positions that one dense product verifies, where a folder does not say it. On Apple's
 # GPUs MLX reads the rows once for all from 6 to 12 positions on.
 VERIFY_EVERY = 16
+# MLX's other modes of quantization, with their bits and group sizes. Scales are uint8.
+MODES = (("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16))
 _MAX_CONFIG_BYTES = 1 << 26
 _MAX_SECTION_CHARACTERS = 1 << 20
 _MAX_REAL = float(np.finfo(np.float32).max)
@@ -318,7 +320,8 @@ def _check(values: Mapping[str, Any]) -> None:
         bits, group_size = form.get("bits"), form.get("group_size")
         dense = bits in (16, 32) and group_size == 0
         packed = bits in (2, 3, 4, 5, 6, 8) and group_size in (32, 64, 128)
-        known = (dense or packed) and form.get("mode") == "affine"
+        affine = (dense or packed) and form.get("mode") == "affine"
+        known = affine or (form.get("mode"), bits, group_size) in MODES
         _require(known, f"{name} has an unknown form {form!r:.80}")
     value = values.get("stored_rows", True)
     _require(isinstance(value, bool), f"stored_rows is {value!r:.80}")

@@ -282,34 +282,25 @@ class FlashHead(nn.Module):
             x: Hidden states ``[B, D]``.
             probes: Clusters, uint32 ``[B, p]``.
         """
-        rows = self.rows
-        if rows.has_kernel(x.dtype):
-            y = kernels.probe_logits(
-                x,
-                *rows.arrays,
-                probes,
-                group_size=rows.group_size,
-                bits=rows.bits,
-                n_rows=self.vocab_size,
-            ).reshape(*probes.shape, self.cluster_size)
-        else:
-            y = rows.gather_matmul(x, probes).astype(mx.float32)
-            if self.padding:
-                real = self.token_ids[probes] < self.vocab_size
-                y = mx.where(real, y, -mx.inf)
-        if "bias" in self:
-            y = y + self.bias[probes]
-        return y
+        rows = self.kernel_rows(x)
+        if rows is not None:
+            return kernels.probe_logits(rows, probes).reshape(
+                *probes.shape, self.cluster_size
+            )
+        y = self.rows.gather_matmul(x, probes).astype(mx.float32)
+        if self.padding:
+            real = self.token_ids[probes] < self.vocab_size
+            y = mx.where(real, y, -mx.inf)
+        return y + self.bias[probes] if "bias" in self else y
 
     def kernel_rows(self, x: mx.array) -> kernels.Rows | None:
         """Hidden states ``[B, D]`` and the rows, for kernels that score some of them;
         ``None`` where those cannot."""
         rows = self.rows
-        if not rows.has_kernel(x.dtype) or "bias" in self:
+        if not rows.has_kernel(x.dtype):
             return None
-        return kernels.Rows(
-            x, *rows.arrays, rows.bits, rows.group_size or 32, self.vocab_size
-        )
+        form = (rows.bits, rows.group_size or 32, self.vocab_size)
+        return kernels.Rows(x, *rows.arrays, *form, self.get("bias"))
 
     def candidates(self, x: mx.array) -> Candidates:
         """Ids, uint32, and exact logits, float32, both ``[..., p * m]``, of what hidden

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import wraps
-from typing import Any
+from functools import partial, wraps
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,22 +23,30 @@ import mlx.nn as nn
 from ..head import FlashHead, prefers_dense
 from ..sampling import (
     Drawn,
+    LogProbs,
     Processor,
     Settings,
-    draw,
     fits,
     full_logits,
-    logprobs,
+    masked,
 )
-from .exact import ExactDecoder, Verified
+from ..sampling.masks import TokenMask
+from .exact import ExactDecoder, LogitsProcessor, Sampler, Verified
 from .exact_batch import exact_step, leave, options_of
+from .grammar import Processors
 from .keys import Keys
 from .locate import flash_slots
-from .samplers import read_processors, read_sampler
+from .masking import draw_allowed, log_probabilities
+from .samplers import read_sampler
 from .slots import FlashLinear, hidden_state, intercepted
 
 # A function of mlx-lm's.
 Step = Callable[..., Any]
+# A sequence's sampler and logits processors.
+Options = tuple[Sampler, Sequence[LogitsProcessor]]
+BatchDraw = Callable[
+    [mx.array, Keys, dict[int, mx.array]], tuple[mx.array, list[mx.array]]
+]
 
 # More positions at once than a draft has: a prompt.
 _LONGEST_DRAFT = 32
@@ -93,16 +101,19 @@ def head_of(model: Any) -> FlashHead | None:
 
 def read_request(
     model: Any, sampler: Any, processors: Sequence[Any] | None
-) -> tuple[FlashHead, Settings, list[Processor]] | None:
+) -> tuple[FlashLinear, Settings, Processors] | None:
     """What a model's tokens are drawn with, if they can be drawn among candidates."""
     slot = slot_of(model)
     if slot is None or slot.decoding == "dense":
         return None
     head, settings = slot.head, read_sampler(sampler)
-    readable = read_processors(processors, head.vocab_size)
-    if settings is None or readable is None:
+    read = Processors(processors, head.vocab_size)
+    if settings is None or read.readable is None:
         return None
-    return (head, settings, readable) if fits(head, settings) else None
+    return (slot, settings, read) if fits(head, settings) else None
+
+
+_Drawn = masked.Choice | Drawn
 
 
 class _Turn:
@@ -111,8 +122,8 @@ class _Turn:
     def __init__(self, sampler: Callable[[mx.array], mx.array] | None):
         self._own = sampler or (lambda x: mx.argmax(x, axis=-1))
         self.model: _StandIn | None = None  # that was called last
-        self.drawn: Drawn | None = None  # for its logits
-        self.on_sample: Callable[[Drawn | None], None] = lambda drawn: None
+        self.drawn: _Drawn | None = None  # for its logits
+        self.on_sample: Callable[[_Drawn | None], None] = lambda drawn: None
 
     def sampler(self, logits: mx.array) -> mx.array:
         self.on_sample(self.drawn)
@@ -121,36 +132,59 @@ class _Turn:
         return self.drawn.tokens[-logits.shape[0] :]
 
 
+class _Unread(mx.array):
+    """Logits of one position that nobody reads, evaluated: what mlx-lm makes of them
+    before and after sampling are they themselves, so that it computes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__([[[0.0]]])
+
+    def __getitem__(self, index: Any) -> _Unread:
+        return self
+
+    def __sub__(self, other: Any) -> _Unread:
+        return self
+
+    def squeeze(self, *args: Any, **kwargs: Any) -> _Unread:
+        return self
+
+
 class _StandIn:
-    """Stands in for a model: it draws the tokens, and its logits are zeros.
+    """Stands in for a model: it draws the tokens, and its logits are none.
 
     Args:
         model: The model.
-        head: Its FlashHead; ``None`` leaves all to the model.
+        slot: Where its head stood; ``None`` leaves all to the model.
         longest: Positions at once that are drawn; more are a prompt.
         untold: Tokens at first that processors are not told of.
+        before: Tokens of the prompt for which nothing is drawn.
     """
 
     def __init__(
         self,
         turn: _Turn,
         model: nn.Module,
-        head: FlashHead | None,
+        slot: FlashLinear | None,
         settings: Settings,
         keys: Keys,
         processors: Sequence[Processor] = (),
         longest: int = 1,
         untold: int = 0,
+        masks: Sequence[TokenMask] = (),
+        before: int = 0,
     ):
         self._turn = turn
         self._model = model
-        self._head = head
+        self._slot = slot
         self._settings = settings
         self._keys = keys
         self._processors = processors
         self._longest = longest
         self._untold = untold
+        self._masks = masks
+        self._before = before
         self._tokens: list[mx.array] = []
+        self._logits = _Unread()
         # Whoever asks for the signature sees the model's; a call looks at the class.
         vars(self)["__call__"] = model.__call__
 
@@ -159,25 +193,28 @@ class _StandIn:
 
     def __call__(self, inputs: mx.array, **kwargs: Any) -> mx.array:
         self._turn.model, self._turn.drawn = self, None
-        if self._processors and inputs.size and self._untold <= 0:
+        told = inputs.size and self._untold <= 0
+        if told and (self._processors or self._masks):
             self._tokens = [mx.concatenate([*self._tokens, inputs[0]])]
         self._untold -= inputs.shape[1]
         embeddings = kwargs.get("input_embeddings")
         n = (inputs if embeddings is None else embeddings).shape[1]
-        if self._head is None or n > self._longest:
+        self._before -= n
+        if self._slot is None or n > self._longest or self._before >= 0:
             return self._model(inputs, **kwargs)
-        if n > 1 and prefers_dense(self._head, n, self._settings.sorts):
+        head = self._slot.head
+        if n > 1 and prefers_dense(head, n, self._settings.sorts):
             return self._model(inputs, **kwargs)
-        h = hidden_state(self._head, self._model, inputs, **kwargs)
-        self._turn.drawn = draw(
-            self._head,
-            self._settings,
-            h.reshape(-1, h.shape[-1]),
-            self._keys.next(self._settings),
-            self._processors if self._tokens else (),
-            *self._tokens,
+        h = hidden_state(head, self._model, inputs, **kwargs)
+        key = self._keys.next(self._settings)
+        states = h.reshape(-1, h.shape[-1])
+        context = self._tokens[0] if self._tokens else None
+        processors = () if context is None else self._processors
+        self._turn.drawn = draw_allowed(
+            *(self._slot, self._settings, states, key),
+            *(self._masks, processors, context),
         )
-        return mx.zeros((*h.shape[:-1], 1))
+        return self._logits if n == 1 else mx.zeros((*h.shape[:-1], 1))
 
 
 def generate_step(stock: Step) -> Step:
@@ -193,22 +230,32 @@ def generate_step(stock: Step) -> Step:
             yield from exact_generate_step(stock, slot, prompt, model, *args, **kwargs)
             return
         request = read_request(model, *options)
-        if request is None or prefers_dense(request[0], 1, request[1].sorts):
+        if request is None or prefers_dense(request[0].head, 1, request[1].sorts):
             yield from stock(prompt, model, *args, **kwargs)
             return
-        head, settings, processors = request
+        slot, settings, read = request
         turn = _Turn(None)
-        drawn: deque[Drawn | None] = deque()
+        drawn: deque[_Drawn | None] = deque()
         turn.on_sample = drawn.append
-        keys, untold = Keys(model), _untold(stock, len(prompt))
-        stand_in = _StandIn(turn, model, head, settings, keys, processors, 1, untold)
+        embeddings = kwargs.get("input_embeddings")
+        stand_in = _StandIn(
+            turn,
+            model,
+            slot,
+            settings,
+            Keys(model),
+            read.readable or (),
+            untold=_untold(stock, len(prompt)),
+            masks=read.masks,
+            before=len(prompt if embeddings is None else embeddings) - 1,
+        )
         kwargs.update(sampler=turn.sampler, logits_processors=None)
         steps = stock(prompt, stand_in, *args, **kwargs)
         with closing(steps):
             for token, _ in steps:
                 latest = drawn.popleft()
                 assert latest is not None  # one position is no prompt
-                yield token, logprobs(head, latest)[0]
+                yield token, log_probabilities(slot.head, latest)[0]
 
     return generate_step
 
@@ -248,7 +295,7 @@ def exact_generate_step(
 
 class _ExactStandIn:
     """Stands in for a model whose tokens an :class:`ExactDecoder` finds: its logits are
-    zeros.
+    none.
 
     Args:
         stock: mlx-lm's ``generate_step``.
@@ -282,6 +329,7 @@ class _ExactStandIn:
             default = inspect.signature(stock).parameters["quantized_kv_start"].default
             self._quantized_from = options.get("quantized_kv_start", default)
         self._context: list[mx.array] = []
+        self._logits = _Unread()
         vars(self)["__call__"] = model.__call__  # for its signature
 
     def __getattr__(self, name: str) -> Any:
@@ -302,7 +350,7 @@ class _ExactStandIn:
         self._left -= 1
         found = decoder.next(inputs[0], cache, context, at_most, **kwargs)
         self.verified.append(found)
-        return mx.zeros((1, 1, 1))
+        return self._logits
 
     def _until_quantized(self, cache: Any) -> int:
         """Steps that can be taken at once: mlx-lm quantizes the caches between steps,
@@ -339,32 +387,30 @@ def speculative_generate_step(stock: Step) -> Step:
             own = slot is not None and slot.decoding != "approximate" and longest > 2
             leave = processors or own
             request = None if leave else read_request(model, sampler, None)
-            head, settings, _ = request or (None, Settings(), [])
-            return _StandIn(turn, model, head, settings, keys, (), longest)
+            drawn_at, settings, _ = request or (None, Settings(), None)
+            return _StandIn(turn, model, drawn_at, settings, keys, (), longest)
 
         target = stand_in(model, _LONGEST_DRAFT)
         draft = stand_in(draft_model, 2)
-        verified: Drawn | None = None
-        n_yielded = 0  # of the tokens that were verified at once
+        # Of the tokens that were verified at once, those not yet yielded.
+        lazy: deque[mx.array] = deque()
 
-        def on_sample(drawn: Drawn | None) -> None:
-            nonlocal verified, n_yielded
+        def on_sample(drawn: _Drawn | None) -> None:
             if turn.model is draft:
                 count.proposed += 1
-            else:
-                verified, n_yielded = drawn, 0
+                return
+            lazy.clear()
+            if drawn is not None:
+                assert target._slot is not None
+                lazy.extend(log_probabilities(target._slot.head, drawn))
 
         turn.on_sample = on_sample
         kwargs["sampler"] = turn.sampler
         steps = stock(prompt, target, draft, *args, **kwargs)
         with closing(steps):
             for token, plain, from_draft in steps:
-                drawn, n = verified, n_yielded
-                n_yielded += 1
                 count.accepted += from_draft
-                if drawn is not None and target._head is not None:
-                    plain = logprobs(target._head, drawn)[n]
-                yield token, plain, from_draft
+                yield token, lazy.popleft() if lazy else plain, from_draft
 
     return speculative_generate_step
 
@@ -386,20 +432,20 @@ def batch_step(stock: Step) -> Step:
         leave(self)
         if slot.decoding != "approximate":
             return stock(self)  # the slot answers densely
-        sequences = range(len(self.uids))
-        requests = [_Request.read(self, e, head.vocab_size) for e in sequences]
-        if not _worthwhile(head, requests):
+        options = [options_of(self, e) for e in range(len(self.uids))]
+        drawing = batch_draw(slot, options)
+        if drawing is None:
             return stock(self)
         self._current_tokens = inputs = self._next_tokens
         self._current_logprobs = self._next_logprobs
         h = hidden_state(head, self.model, inputs[:, None], cache=self.prompt_cache)
         h = h[:, -1]
         contexts: dict[int, mx.array] = {}
-        for e, request in enumerate(requests):
-            if request.processors:
+        for e, (_, processors) in enumerate(options):
+            if processors:
                 context = self._token_context[e]
                 contexts[e] = context.update_and_fetch(inputs[e : e + 1])
-        tokens, lazy = _draw_batch(head, requests, h, keys, contexts)
+        tokens, lazy = drawing(h, keys, contexts)
         self._next_tokens, self._next_logprobs = tokens, lazy
         mx.async_eval(tokens, list(contexts.values()))
         mx.eval(inputs)
@@ -416,25 +462,43 @@ class _Request:
     """How the tokens of one sequence of a batch are to be drawn; ``settings`` and
     ``readable`` are ``None`` where sampler and processors are not mlx-lm's own."""
 
-    sampler: Callable[[mx.array], mx.array]
-    processors: Sequence[Callable[[mx.array, mx.array], mx.array]]
+    sampler: Sampler
+    processors: Sequence[LogitsProcessor]
     settings: Settings | None
     readable: list[Processor] | None
+    masks: list[TokenMask]
 
     @classmethod
-    def read(cls, batch: Any, e: int, vocab_size: int) -> _Request:
-        sampler, processors = options_of(batch, e)
-        readable = read_processors(processors, vocab_size)
-        return cls(sampler, processors, read_sampler(sampler), readable)
+    def read(cls, options: Options, vocab_size: int) -> _Request:
+        sampler, processors = options
+        read = Processors(processors, vocab_size)
+        settings = read_sampler(sampler)
+        return cls(sampler, read.all, settings, read.readable, read.masks)
 
 
-def _worthwhile(head: FlashHead, requests: list[_Request]) -> bool:
+def batch_draw(slot: FlashLinear, options: Sequence[Options]) -> BatchDraw | None:
+    """How the tokens of a batch are drawn among candidates.
+
+    Args:
+        slot: Where the model's head stood.
+        options: Sampler and logits processors of each sequence.
+
+    Returns:
+        A function of hidden states ``[B, D]``, keys and, by the number of their
+        sequence, the tokens so far of those that have processors. It gives tokens
+        ``[B]`` and lazy log-probabilities, ``[V]`` each. ``None`` where the dense
+        product is as fast.
+    """
+    head = slot.head
+    requests = [_Request.read(one, head.vocab_size) for one in options]
     sorts = any(r.settings is not None and r.settings.sorts for r in requests)
-    return fits(head, Settings()) and not prefers_dense(head, len(requests), sorts)
+    if not fits(head, Settings()) or prefers_dense(head, len(requests), sorts):
+        return None
+    return partial(_draw_batch, slot, requests)
 
 
 def _draw_batch(
-    head: FlashHead,
+    slot: FlashLinear,
     requests: list[_Request],
     h: mx.array,
     keys: Keys,
@@ -442,6 +506,7 @@ def _draw_batch(
 ) -> tuple[mx.array, list[mx.array]]:
     """Tokens ``[B]`` and lazy log-probabilities, a list of ``[V]``, for ``h [B, D]``:
     at once for the sequences that agree in their settings and have no processors."""
+    head = slot.head
     groups: dict[Any, list[int]] = {}
     for e, request in enumerate(requests):
         simple = request.settings is not None and fits(head, request.settings)
@@ -458,9 +523,11 @@ def _draw_batch(
         if settings is not None and processors is not None and fits(head, settings):
             context = contexts.get(rows[0])
             key = keys.next(settings)
-            drawn = draw(head, settings, states, key, processors, context)
+            drawn = draw_allowed(
+                *(slot, settings, states, key, request.masks, processors, context)
+            )
             tokens.append(drawn.tokens)
-            lazy += list(logprobs(head, drawn))
+            lazy += log_probabilities(head, drawn)
         else:
             logits = full_logits(head, states)
             for processor in request.processors:
@@ -488,3 +555,23 @@ def exact(stock: Step) -> Step:
             return stock(first, *args, **kwargs)
 
     return scored
+
+
+def top_logprobs(stock: Step) -> Step:
+    """``_format_top_logprobs`` of mlx-lm's server, without making all of them."""
+
+    @wraps(stock)
+    def format(logprobs: mx.array, top_n: int, tokenizer: Any) -> Any:
+        found = None
+        if top_n > 0 and isinstance(logprobs, LogProbs):
+            found = logprobs.top(top_n)
+        if found is None:
+            return stock(logprobs, top_n, tokenizer)
+        ids, values = (cast(list[Any], a.tolist()) for a in found)
+        texts = tokenizer.convert_ids_to_tokens(ids)
+        return tuple(
+            {"id": i, "token": text, "logprob": value}
+            for i, text, value in zip(ids, texts, values, strict=True)
+        )
+
+    return format

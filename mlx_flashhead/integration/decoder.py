@@ -11,11 +11,12 @@ import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..head import FlashHead, prefers_dense
-from ..sampling import Settings, coupled, draw, fits, split, token_logprobs
+from ..sampling import Drawn, Settings, coupled, draw, fits, split
 from ..sampling.draw import known_transform
 from .decode import read_request, slot_of
 from .exact import ExactDecoder, LogitsProcessor, Sampler
 from .keys import Keys
+from .masking import draw_allowed
 from .slots import FlashLinear, hidden_state
 
 GREEDY = Settings()
@@ -91,7 +92,7 @@ def sample(
         key = Keys().next(settings)
     if not exact:
         drawn = draw(head, settings, h, key)
-        return Sampled(drawn.tokens, token_logprobs(head, drawn))
+        return Sampled(drawn.tokens, drawn.logprob)
     logits = known_transform(head)(head.clustered(h))
     keys = split(key, len(h))
     tokens, certain = coupled.draw(head, settings, logits, keys)
@@ -146,7 +147,8 @@ class Decoder:
         if slot.exact and slot.head.transform is not None:
             self._exact = ExactDecoder(slot, model, sampler, logits_processors)
         self._request = read_request(model, sampler, logits_processors)
-        if self._request and prefers_dense(self._request[0], 1, self._request[1].sorts):
+        request = self._request
+        if request and prefers_dense(request[0].head, 1, request[1].sorts):
             self._request = None
 
     def step(self, tokens: mx.array | Sequence[int]) -> Sampled:
@@ -180,11 +182,16 @@ class Decoder:
             latest = mx.array([found.token], mx.uint32)
             return Sampled(latest, found.logprobs[latest].astype(mx.float32))
         if self._request is not None:
-            head, settings, processors = self._request
-            h = hidden_state(head, self._model, token[None], cache=self.cache)[:, -1]
-            key = self._keys.next(settings)
-            drawn = draw(head, settings, h, key, processors, self._context)
-            return Sampled(drawn.tokens, token_logprobs(head, drawn))
+            slot, settings, read = self._request
+            h = hidden_state(slot.head, self._model, token[None], cache=self.cache)
+            key, processors = self._keys.next(settings), read.readable or ()
+            drawn = draw_allowed(
+                *(slot, settings, h[:, -1], key, read.masks, processors, self._context)
+            )
+            if isinstance(drawn, Drawn):
+                return Sampled(drawn.tokens, drawn.logprob)
+            logprobs = drawn.logprobs().astype(mx.float32)
+            return Sampled(drawn.tokens, logprobs[:, drawn.tokens][0])
         logits = self._model(token[None], cache=self.cache)
         logits = (logits if isinstance(logits, mx.array) else logits.logits)[:, -1]
         for processor in self._processors:

@@ -21,15 +21,15 @@ from dataclasses import astuple, dataclass
 from typing import Any, cast
 
 import mlx.core as mx
-import mlx.nn as nn
 
-from ..head import FlashHead, prefers_dense
-from ..sampling import Processor, Settings, coupled, draw, fits
+from ..head import prefers_dense
+from ..sampling import Processor, Settings, coupled, dense_logprobs, draw, fits
 from ..sampling.draw import known_transform
-from ..sampling.steps import run
+from .grammar import Processors
 from .keys import Keys
+from .masking import MaskedChunk
 from .rollback import Rollback, supported
-from .samplers import read_processors, read_sampler
+from .samplers import read_sampler
 from .slots import FlashLinear, hidden_state
 
 Sampler = Callable[[mx.array], mx.array]
@@ -105,24 +105,32 @@ class ExactDecoder:
         sampler: mlx-lm's or the user's; it is given log-probabilities ``[1, V]``.
           ``None`` is greedy.
         processors: Logits processors, likewise.
+        seed: Of the keys; ``None`` leaves it to MLX's generator.
+        position: Of the first token that is chosen, for its key.
+        settings: Those of the sampler, where they cannot be read.
     """
 
     def __init__(
         self,
         slot: FlashLinear,
-        model: nn.Module,
+        model: Callable[..., Any],
         sampler: Sampler | None,
         processors: Sequence[LogitsProcessor],
+        *,
+        seed: int | None = None,
+        position: int = 0,
+        settings: Settings | None = None,
     ):
         self.slot, self.head, self.model = slot, slot.head, model
         self.sampler: Sampler = sampler or (lambda x: mx.argmax(x, axis=-1))
-        self.processors = processors
-        # Those of the sampler, where they are known; the processors, where all are.
-        self.settings: Settings | None = read_sampler(sampler)
-        self.readable: list[Processor] | None = read_processors(
-            processors, self.head.vocab_size
-        )
-        self.keys = Keys(model)
+        read = Processors(processors, self.head.vocab_size)
+        self.processors: list[LogitsProcessor] = read.all
+        self.masks = read.masks
+        # Those of the sampler, where they are known; the processors beside the masks,
+        # where all are.
+        self.settings: Settings | None = settings or read_sampler(sampler)
+        self.readable: list[Processor] | None = read.readable
+        self.keys = Keys(model, seed)
         self.longest = slot.verify_every
         self.count = _verification.get() or Verification()
         self._size = 1
@@ -130,7 +138,7 @@ class ExactDecoder:
         self._due: deque[Verified] = deque()  # the same, once their steps are undone
         self._rollback: Rollback | None = None
         self._served = 0  # steps of the chunk that the caller knows of
-        self._position = 0  # of the next token to be chosen, for its key
+        self._position = position  # of the next token to be chosen, for its key
 
     @property
     def known(self) -> bool:
@@ -232,6 +240,10 @@ class ExactDecoder:
             self._rollback.mark()
         states: list[mx.array] = []
         tokens = [token]
+        masks = None
+        if self.masks:
+            stops = self.slot.stop_tokens
+            masks = MaskedChunk(self.head, self.masks, context, stops)
         while True:
             if self._rollback is not None:
                 self._rollback.step()
@@ -239,11 +251,18 @@ class ExactDecoder:
             h = hidden_state(self.head, self.model, latest, cache=cache, **options)
             options = {}
             states.append(h[:, -1])
+            if masks is not None:
+                mx.async_eval(states[-1])  # the device works while the mask is made
+                if not masks.look(tokens):
+                    del states[-1], tokens[-1]
+                    break
             if len(states) == size or self._ends(tokens):
                 break
-            tokens.append(self._draft(states[-1], len(tokens) - 1, context, tokens))
+            tokens.append(self._draft(states[-1], context, tokens, masks))
             mx.async_eval(tokens[-1])
-        self._verify(mx.concatenate(states), tokens, context)
+        if masks is not None and self.known and masks.undecided:
+            self._draft(states[-1], context, tokens, masks)
+        self._verify(states, tokens, context, masks)
 
     def _ends(self, tokens: list[mx.array]) -> bool:
         """Whether the last draft but one ends the text: the device works on the last
@@ -252,25 +271,43 @@ class ExactDecoder:
         return bool(stops) and len(tokens) > 2 and tokens[-2].item() in stops
 
     def _draft(
-        self, h: mx.array, i: int, context: mx.array, tokens: list[mx.array]
+        self,
+        h: mx.array,
+        context: mx.array,
+        tokens: list[mx.array],
+        masks: MaskedChunk | None,
     ) -> mx.array:
-        if self.readable:
-            context = mx.concatenate([context, *tokens[1:]])
         # Of a sampler that is not known the likeliest token is the best guess.
         settings, readable = self.settings or Settings(), self.readable or []
-        return draw(self.head, settings, h, self._key(i), readable, context).tokens
+        key = self._key(len(tokens) - 1)
+        if masks is not None:
+            return masks.draft(settings, h, key, readable)
+        if readable:
+            context = mx.concatenate([context, *tokens[1:]])
+        return draw(self.head, settings, h, key, readable, context).tokens
 
     def _key(self, i: int) -> mx.array:
         return self.keys.at(self._position + i, self.settings or Settings())
 
     def _verify(
-        self, states: mx.array, tokens: list[mx.array], context: mx.array
+        self,
+        states: list[mx.array],
+        tokens: list[mx.array],
+        context: mx.array,
+        masks: MaskedChunk | None,
     ) -> None:
         """Choose as the dense head does, until it differs from the draft."""
-        head = self.head
-        logits = known_transform(head)(head.clustered(states))
-        choose = self._choose_together if self.known else self._choose_in_turn
-        chosen = choose(logits, tokens, context)
+        sure = masks.sure if masks is not None and self.known else {}
+        rows = [i for i in range(len(states)) if i not in sure]
+        logits = None
+        if rows:
+            these = mx.concatenate([states[i] for i in rows])
+            logits = known_transform(self.head)(self.head.clustered(these))
+        if self.known:
+            chosen = self._choose_together(logits, tokens, context, masks)
+        else:
+            assert logits is not None  # nothing is sure
+            chosen = self._choose_in_turn(logits, tokens, context)
         n_drafted = min(len(chosen), len(tokens) - 1)
         self.count.steps += len(states)
         self.count.tokens += len(chosen)
@@ -281,36 +318,57 @@ class ExactDecoder:
         self._ahead.extend(chosen)
 
     def _choose_together(
-        self, logits: mx.array, tokens: list[mx.array], context: mx.array
+        self,
+        logits: mx.array | None,
+        tokens: list[mx.array],
+        context: mx.array,
+        masks: MaskedChunk | None,
     ) -> list[Verified]:
         """Tokens up to the first difference, for settings that are known: all positions
-        at once."""
+        at once. Those of which masks make sure have no logits."""
         head, settings, readable = self.head, self.settings, self.readable
         assert settings is not None and readable is not None
-        if readable:
-            so_far = mx.concatenate([context, *tokens[1:]])
-            first = len(context)
-            logits = mx.concatenate(
-                [
-                    coupled.process(
-                        head, readable, so_far[: first + i], logits[i : i + 1]
-                    )
-                    for i in range(len(logits))
-                ]
-            )
-        keys = self.keys.several(self._position, len(logits), settings)
-        drawn = coupled.draw(head, settings, logits, keys)
+        sure = masks.sure if masks is not None else {}
+        n = len(sure) + (0 if logits is None else len(logits))
+        rows = [i for i in range(n) if i not in sure]
         drafts = mx.concatenate([mx.zeros((0,), mx.uint32), *tokens[1:]])
-        mx.eval(drawn, drafts)  # all at once: each wait for the device takes its time
-        found, drafted = _values(drawn.tokens), _values(drafts)
-        certain = _values(drawn.certain)
+        if logits is not None:
+            if masks is not None:
+                may_come = mx.stack([masks.allowed[i].clustered for i in rows])
+                logits = mx.where(may_come, logits, -mx.inf)
+            if readable:
+                so_far = mx.concatenate([context, *tokens[1:]])
+                first = len(context)
+                logits = mx.concatenate(
+                    [
+                        coupled.process(
+                            head, readable, so_far[: first + i], logits[r : r + 1]
+                        )
+                        for r, i in enumerate(rows)
+                    ]
+                )
+            keys = self.keys.several(self._position, n, settings)
+            keys = keys if masks is None else keys[mx.array(rows)]
+            drawn = coupled.draw(head, settings, logits, keys)
+            # All at once: each wait for the device takes its time.
+            mx.eval(drawn, drafts)
+            found, certain = _values(drawn.tokens), _values(drawn.certain)
+            lazy = dense_logprobs(head, logits)
+        drafted = _values(drafts)
         chosen: list[Verified] = []
-        for i, token in enumerate(found):
-            row = logits[i : i + 1]
-            if not certain[i]:
-                key, every = keys[i : i + 1], head.n_clusters
-                token = _value(coupled.draw(head, settings, row, key, every).tokens)
-            chosen.append(Verified(token, run(head, log_softmax, (), row)))
+        for i in range(n):
+            logprobs: mx.array
+            if i in sure:
+                token, logprobs = _value(sure[i].tokens), sure[i].logprobs()[0]
+            else:
+                assert logits is not None
+                r = rows.index(i)
+                row, token = logits[r : r + 1], found[r]
+                if not certain[r]:
+                    key, every = keys[r : r + 1], head.n_clusters
+                    token = _value(coupled.draw(head, settings, row, key, every).tokens)
+                logprobs = lazy[r]
+            chosen.append(Verified(token, logprobs))
             if i < len(drafted) and token != drafted[i]:
                 break
         return chosen
@@ -354,10 +412,3 @@ def _value(token: mx.array) -> int:
 
 def _values(tokens: mx.array) -> list[int]:
     return cast(list[int], tokens.tolist())
-
-
-def log_softmax(head: FlashHead, row: mx.array) -> mx.array:
-    """Log-probabilities ``[V]`` in vocabulary order of logits in cluster order, ``[1,
-    V]``."""
-    row = row[0, head.positions]
-    return row - mx.logsumexp(row)

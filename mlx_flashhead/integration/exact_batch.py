@@ -20,9 +20,11 @@ from typing import Any
 import mlx.core as mx
 
 from ..head import FlashHead
-from ..sampling import Settings, coupled
+from ..sampling import Settings, coupled, dense_logprobs
 from ..sampling.draw import known_transform
-from .exact import ExactDecoder, LogitsProcessor, Sampler, log_softmax
+from ..sampling.masks import allowed
+from .exact import ExactDecoder, LogitsProcessor, Sampler
+from .masking import values
 from .slots import FlashLinear, hidden_state
 
 # A token [1], and its lazy log-probabilities [V].
@@ -50,10 +52,7 @@ def exact_step(batch: Any, slot: FlashLinear) -> tuple[list[int], list[mx.array]
         if decoders[e].processors:
             latest = inputs[e : e + 1].astype(mx.int32)
             contexts[e] = mx.concatenate([buffers[e].tokens, latest])
-    if len(decoders) == 1 and decoders[0].drafts(batch.prompt_cache):
-        choices = [_alone(batch, decoders[0], contexts[0])]
-    else:
-        choices = _together(batch, slot.head, decoders, contexts)
+    choices = choose(batch, decoders, contexts)
     batch._current_tokens, batch._current_logprobs = inputs, batch._next_logprobs
     batch._next_tokens = mx.concatenate([token for token, _ in choices])
     batch._next_logprobs = [logprobs for _, logprobs in choices]
@@ -69,14 +68,29 @@ def exact_step(batch: Any, slot: FlashLinear) -> tuple[list[int], list[mx.array]
     return served, batch._current_logprobs
 
 
-def _decoders(batch: Any) -> dict[int, ExactDecoder]:
+def choose(
+    batch: Any, decoders: list[ExactDecoder], contexts: list[mx.array]
+) -> list[Choice]:
+    """What follows in each sequence of a batch, which has one at least.
+
+    Args:
+        batch: Of mlx-lm or mlx-vlm.
+        decoders: Of its sequences.
+        contexts: Their tokens so far, where they have processors.
+    """
+    if len(decoders) == 1 and decoders[0].drafts(batch.prompt_cache):
+        return [_alone(batch, decoders[0], contexts[0])]
+    return _together(batch, decoders, contexts)
+
+
+def decoders_of(batch: Any) -> dict[int, ExactDecoder]:
     """Decoders of a batch's sequences, by ``uid``."""
     found: dict[int, ExactDecoder] = vars(batch).setdefault("_exact", {})
     return found
 
 
 def _decoder(batch: Any, slot: FlashLinear, e: int) -> ExactDecoder:
-    decoders, uid = _decoders(batch), batch.uids[e]
+    decoders, uid = decoders_of(batch), batch.uids[e]
     if uid not in decoders:
         decoders[uid] = ExactDecoder(slot, batch.model, *options_of(batch, e))
     return decoders[uid]
@@ -89,17 +103,15 @@ def _alone(batch: Any, decoder: ExactDecoder, context: mx.array) -> Choice:
 
 
 def _together(
-    batch: Any,
-    head: FlashHead,
-    decoders: list[ExactDecoder],
-    contexts: list[mx.array],
+    batch: Any, decoders: list[ExactDecoder], contexts: list[mx.array]
 ) -> list[Choice]:
     """What follows in each sequence, by one dense product. Nothing waits for the device
     unless a filter may keep more than is looked at first."""
     for decoder in decoders:
         decoder.close()
+    head, model = decoders[0].head, decoders[0].model
     inputs = batch._next_tokens[:, None]
-    h = hidden_state(head, batch.model, inputs, cache=batch.prompt_cache)[:, -1]
+    h = hidden_state(head, model, inputs, cache=batch.prompt_cache)[:, -1]
     mx.async_eval(h)
     choices: dict[int, Choice] = {}
     for e, decoder in enumerate(decoders):
@@ -132,7 +144,7 @@ def _choose(
         return list(zip(_rows(sampler(own)), own, strict=True))
     groups: dict[Any, list[int]] = {}
     for i, decoder in enumerate(decoders):
-        simple = decoder.known and not decoder.readable
+        simple = decoder.known and not decoder.processors
         groups.setdefault(decoder.settings if simple else i, []).append(i)
     choices: dict[int, Choice] = {}
     for rows in groups.values():
@@ -140,14 +152,18 @@ def _choose(
         decoder, context = decoders[rows[0]], contexts[rows[0]]
         if decoder.settings is None or decoder.readable is None:
             own = decoder.logprobs(own, context)
-            tokens, lazy = decoder.sampler(own), list(own)
+            drawn, lazy = decoder.sampler(own), list(own)
         else:
+            if decoder.masks:
+                tokens, stops = values(context), decoder.slot.stop_tokens
+                may_come = allowed(head, decoder.masks, tokens, stops).clustered
+                own = mx.where(may_come, own, -mx.inf)
             if decoder.readable:
                 own = coupled.process(head, decoder.readable, context, own)
             keys = mx.stack([decoders[i].key for i in rows])
-            tokens = _draw(head, decoder.settings, own, keys)
-            lazy = [log_softmax(head, row[None]) for row in own]
-        choices.update(zip(rows, zip(_rows(tokens), lazy, strict=True), strict=True))
+            drawn = _draw(head, decoder.settings, own, keys)
+            lazy = [*dense_logprobs(head, own)]
+        choices.update(zip(rows, zip(_rows(drawn), lazy, strict=True), strict=True))
     return [choices[i] for i in range(len(decoders))]
 
 
@@ -169,14 +185,14 @@ def _rows(tokens: mx.array) -> list[mx.array]:
 
 def settle(batch: Any) -> None:
     """Leave the caches of a batch as the steps that were taken would have."""
-    for decoder in _decoders(batch).values():
+    for decoder in decoders_of(batch).values():
         decoder.close()
 
 
 def leave(batch: Any) -> None:
     """The same, and forget what was verified: the batch is decoded otherwise now."""
     settle(batch)
-    _decoders(batch).clear()
+    decoders_of(batch).clear()
 
 
 def batch_extend(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,7 +203,7 @@ def batch_extend(stock: Callable[..., Any]) -> Callable[..., Any]:
         settle(self)
         settle(batch)
         result = stock(self, batch)
-        _decoders(self).update(_decoders(batch))
+        decoders_of(self).update(decoders_of(batch))
         return result
 
     return extend
@@ -199,14 +215,15 @@ def batch_filter(stock: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(stock)
     def filter(self: Any, keep: list[int]) -> Any:
         settle(self)
-        given = self.samplers, self.logits_processors
+        names = [n for n in ("samplers", "logits_processors") if hasattr(self, n)]
+        given = [getattr(self, name) for name in names]
         result = stock(self, keep)
         # Before 0.32, mlx-lm forgets lists in which nobody asks for anything: who joins
         # next would be given the options of who has left.
-        for name, each in zip(("samplers", "logits_processors"), given, strict=True):
+        for name, each in zip(names, given, strict=True):
             if len(getattr(self, name) or ()) > len(self.uids):
                 setattr(self, name, [each[i] for i in keep])
-        decoders = _decoders(self)
+        decoders = decoders_of(self)
         for uid in decoders.keys() - set(self.uids):
             del decoders[uid]
         return result

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,10 +18,11 @@ class Keys:
         model: What draws. The processes that share a model (``model.shard``) have to
             draw the same tokens: all take the place that the first one's generator
             chose.
+        seed: Chooses the place instead.
     """
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self._model = model
+    def __init__(self, model: Any = None, seed: int | None = None) -> None:
+        self._model, self._seed = model, seed
         self._start: list[int] | None = None
         self._n = 0
 
@@ -39,7 +40,8 @@ class Keys:
         if settings.greedy:
             return mx.zeros((k, 2), dtype=mx.uint32)
         if self._start is None:
-            words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32)
+            key = None if self._seed is None else mx.random.key(self._seed)
+            words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32, key=key)
             group = _group_of(self._model)
             if group is not None:
                 words = words if group.rank() == 0 else mx.zeros_like(words)

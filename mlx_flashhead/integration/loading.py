@@ -41,6 +41,7 @@ from .locate import (
     head_table,
     place,
     resolve_path,
+    twins,
 )
 from .slots import Decoding, FlashLinear
 
@@ -244,7 +245,7 @@ def install(
     if section is None:
         raise FormatError(f"{where} has no FlashHead; make one: mlx_flashhead.convert")
     path = head_path(model, where, section)
-    module = get_module(model, path)
+    module, paths = get_module(model, path), [path, *twins(model, path)]
     table = head_table(module)
     draft = section.drafting
     approximate = decoding == "approximate"
@@ -266,7 +267,8 @@ def install(
         # and the plain model's rows would be float32, too.
         head.rows = Table(head.rows.dequantize(mx.float32), bits=32)
     for_device(model)
-    place(model, path, head)
+    for path in paths:
+        place(model, path, head)
     for slot in flash_slots(model):
         slot.decoding, slot.stop_tokens = decoding, stop_tokens
         slot.verify_every = verify_every or draft.verify_every

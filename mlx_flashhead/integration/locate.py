@@ -14,7 +14,7 @@ from mlx.utils import tree_unflatten
 from ..compute.table import Table
 from ..head import FlashHead
 from ..head.transform import Transform
-from .slots import FlashEmbedding, FlashLinear, intercepted
+from .slots import FlashEmbedding, FlashLinear, Rows, intercepted
 
 _LINEAR = (nn.Linear, nn.QuantizedLinear)
 _EMBEDDING = (nn.Embedding, nn.QuantizedEmbedding)
@@ -42,7 +42,18 @@ def _watched(module: nn.Module, record: Record) -> Iterator[None]:
             return y if isinstance(self, _EMBEDDING) else record(x, y)
 
         def as_linear(self, x: mx.array) -> mx.array:
-            return record(x, super().as_linear(x))
+            y = super().as_linear(x)
+            return y if isinstance(self, nn.Embedding) else record(x, y)
+
+        @property
+        def weight(self) -> mx.array:
+            # What an embedding's as_linear multiplies with, and models without it.
+            rows: mx.array = self["weight"]
+            if isinstance(self, nn.QuantizedEmbedding):
+                return Rows(rows, self.as_linear)
+            if isinstance(self, nn.Embedding):
+                return Rows(rows, lambda x: record(x, x @ rows.T))
+            return rows
 
     module.__class__ = Watched
     try:
@@ -123,7 +134,7 @@ def find_head(model: nn.Module) -> str:
     looked = ", ".join(tried) if tried else f"{', '.join(wide)} and others"
     raise HeadNotFound(
         f"no linear or embedding layer makes the {vocab_size} logits; "
-        f"looked at {looked}"
+        f"looked at {looked}; use a model whose logits come from one, each by itself"
     )
 
 
@@ -160,6 +171,17 @@ def resolve_path(model: nn.Module, path: str) -> str:
         ):
             return name
     return find_head(model)
+
+
+def twins(model: nn.Module, path: str) -> list[str]:
+    """Paths of the embeddings that hold the very array of the head at ``path``: as such
+    mlx-vlm ties some, where mlx-lm has one layer for both."""
+    rows = get_module(model, path).weight
+    return [
+        name
+        for name, module in model.named_modules()
+        if name != path and isinstance(module, _EMBEDDING) and module.weight is rows
+    ]
 
 
 def _run(model: nn.Module, tokens: mx.array) -> mx.array:
@@ -231,14 +253,13 @@ def find_transform(model: nn.Module, path: str) -> Transform | None:
 def place(model: nn.Module, path: str, head: FlashHead) -> nn.Module:
     """Put a FlashHead in place of the model's head at ``path``; returns the model."""
     inner = get_module(model, path)
-    module: nn.Module = FlashLinear(head)
-    if isinstance(inner, FlashEmbedding):
-        module = FlashEmbedding(head, inner._dtype, inner._unpack)
-    elif isinstance(inner, _EMBEDDING):
+    kind = FlashEmbedding if is_tied(model, path) else FlashLinear
+    if isinstance(inner, FlashLinear):
+        module = kind(head, inner._dtype, inner._unpack)
+    else:
         table = head_table(inner)
         # Where mlx-lm has packed rows, embeddings are to be as it makes them.
-        unpack = None if table.quantized else mx.float32
-        module = FlashEmbedding(head, table.dtype, unpack)
+        module = kind(head, table.dtype, None if table.quantized else mx.float32)
     set_module(model, path, module)
     return model
 

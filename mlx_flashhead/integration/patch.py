@@ -21,7 +21,7 @@ from typing import Any
 import mlx_lm
 from mlx_lm import utils
 
-from . import decode, exact_batch, loading
+from . import decode, exact_batch, loading, vlm
 from .known import LOADING, decoding_changed
 
 # Not "from mlx_lm import generate": that name is a function's.
@@ -45,7 +45,8 @@ def patch(
     """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
     decoding (``generate``, ``stream_generate``, ``batch_generate``, the server, ...)
     draw among its candidates. Other models load and decode as before. The order of
-    imports does not matter. On a CPU back-end models with a FlashHead compute in
+    imports does not matter. mlx-vlm is taught the same where it is installed, in the
+    version of the extra ``vlm``. On a CPU back-end models with a FlashHead compute in
     float32. A second call replaces the first.
 
     From then on, ``mlx_lm.load`` raises ``FormatError`` for a converted folder that is
@@ -68,6 +69,9 @@ def patch(
         flashhead: The FlashHead of every model that is loaded, instead of their
           folders': a file, a folder that has one, or the Hugging Face id of either. A
           model that it was not made of is refused.
+
+    Warns:
+        UserWarning: The installed mlx-lm or mlx-vlm is not as known here.
     """
     global _options
     unpatch()
@@ -83,7 +87,7 @@ def patch(
     def load_model(stock: Any, *args: Any, **kwargs: Any) -> Any:
         options: dict[str, Any] = {**kwargs, **(_options or {})}
         loaded = loading.load_model(stock, *args, **options)
-        _patch_scoring()
+        _patch_late()
         return loaded
 
     ours: dict[str, Callable[..., Any]] = {
@@ -106,6 +110,7 @@ def patch(
     elif hasattr(utils, "_download"):  # before 0.32
         download = functools.partial(loading.download, utils._download)
         _replace(_loading, utils, "_download", download)
+    vlm.patch(_options)
 
 
 def stock_loader(name: str) -> Any:
@@ -148,23 +153,25 @@ def _replace(
     setattr(owner, name, value)
 
 
-def _patch_scoring() -> None:
-    """mlx_lm.evaluate and mlx_lm.perplexity score given text: with the dense head. They
-    are patched only once they are there: evaluate needs a package of its own."""
-    for module, name in _SCORING:
+def _patch_late() -> None:
+    """mlx_lm.evaluate and mlx_lm.perplexity score given text: with the dense head. The
+    server asks log-probabilities for the likeliest. They are patched only once they are
+    there: evaluate needs a package of its own."""
+    for module, name, wrap in _LATE:
         owner = sys.modules.get(module)
         *path, last = name.split(".")
         for part in path:
             owner = getattr(owner, part, None)
         if not hasattr(owner, last) or any(e[:2] == (owner, last) for e in _loading):
             continue
-        _replace(_loading, owner, last, decode.exact(getattr(owner, last)))
+        _replace(_loading, owner, last, wrap(getattr(owner, last)))
 
 
-_SCORING = (
-    ("mlx_lm.evaluate", "MLXLM._process_prompt"),
-    ("mlx_lm.evaluate", "MLXLM._score_fn"),
-    ("mlx_lm.perplexity", "eval_ppl"),
+_LATE: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("mlx_lm.evaluate", "MLXLM._process_prompt", decode.exact),
+    ("mlx_lm.evaluate", "MLXLM._score_fn", decode.exact),
+    ("mlx_lm.perplexity", "eval_ppl", decode.exact),
+    ("mlx_lm.server", "_format_top_logprobs", decode.top_logprobs),
 )
 
 
@@ -183,6 +190,7 @@ def unpatch() -> None:
     """
     global _options
     _options = None
+    vlm.unpatch()
     for where in (_loading, _decoding):
         while where:
             owner, name, before = where.pop()

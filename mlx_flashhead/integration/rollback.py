@@ -1,4 +1,4 @@
-"""Roll mlx-lm's prompt caches back to an earlier step of a draft.
+"""Roll prompt caches of mlx-lm and mlx-vlm back to an earlier step of a draft.
 
 Whoever drafts tokens feeds them to the model before it knows which of them stand. Those
 that do not must leave no trace in the caches, and mlx-lm can only trim caches that keep
@@ -60,7 +60,7 @@ class Rollback:
             ValueError: A cache is of a class that is not known; see ``supported``.
         """
         for leaf in _leaves(cache):
-            if type(leaf) not in _RECORDS:
+            if _record_of(leaf) is None:
                 raise ValueError(
                     f"a prompt cache of class {type(leaf).__name__} cannot be rolled "
                     "back: decode without drafting"
@@ -76,7 +76,8 @@ class Rollback:
 
     def mark(self) -> None:
         """Begin a draft: ``to(0)`` comes back to here."""
-        self._records = [_RECORDS[type(leaf)](leaf) for leaf in _leaves(self._cache)]
+        kinds = [(_record_of(leaf), leaf) for leaf in _leaves(self._cache)]
+        self._records = [record(leaf) for record, leaf in kinds if record]
         self._steps = 0
 
     def step(self) -> None:
@@ -111,13 +112,13 @@ class Rollback:
 
 def supported(cache: Sequence[Any]) -> bool:
     """Whether a prompt cache can be rolled back: every cache of it is exactly of a
-    class of mlx-lm's that is known here, for a subclass may keep more."""
-    return all(type(leaf) in _RECORDS for leaf in _leaves(cache))
+    class of mlx-lm's or mlx-vlm's that is known here, for a subclass may keep more."""
+    return all(_record_of(leaf) is not None for leaf in _leaves(cache))
 
 
 def _leaves(cache: Sequence[Any]) -> Iterator[Any]:
     for entry in cache:
-        if type(entry) is mlx_lm_caches.CacheList:
+        if _name_of(entry) in _LISTS:
             yield from _leaves(entry.caches)
         else:
             yield entry
@@ -336,19 +337,50 @@ class _Chunked(_Appending):
 class _Replacing(_Record):
     """Each step puts new arrays into the place of the old ones."""
 
-    position = ("cache", "left_padding", "lengths")
+    position: ClassVar[tuple[str, ...]] = ("cache", "left_padding", "lengths")
 
 
-_RECORDS: dict[type, type[_Record]] = {
-    mlx_lm_caches.KVCache: _Appending,
-    mlx_lm_caches.QuantizedKVCache: _Appending,
-    mlx_lm_caches.BatchKVCache: _BatchAppending,
-    mlx_lm_caches.ConcatenateKVCache: _Concatenating,
-    mlx_lm_caches.RotatingKVCache: _Rotating,
-    mlx_lm_caches.BatchRotatingKVCache: _BatchRotating,
-    mlx_lm_caches.ChunkedKVCache: _Chunked,
-    mlx_lm_caches.ArraysCache: _Replacing,
+class _Counting(_Replacing):
+    """mlx-vlm's counts the steps, instead of changing arrays, and counts its changes of
+    another kind, by which models know whether what they derived still holds."""
+
+    position = (
+        *("cache", "_left_padding", "_left_padding_advance"),
+        *("_lengths", "_lengths_advance"),
+    )
+
+    def to(self, n: int) -> None:
+        super().to(n)
+        self.cache.metadata_revision += 1
+
+
+def _name_of(cache: Any) -> str:
+    """A cache's class, by its full name."""
+    return f"{type(cache).__module__}.{type(cache).__qualname__}"
+
+
+def _record_of(cache: Any) -> type[_Record] | None:
+    return _RECORDS.get(_name_of(cache))
+
+
+# By name: mlx-vlm, which has copies of mlx-lm's, need not be installed.
+_MLX_LM, _MLX_VLM = "mlx_lm.models.cache", "mlx_vlm.models.cache"
+_LISTS = {f"{_MLX_LM}.CacheList", f"{_MLX_VLM}.CacheList"}
+_RECORDS: dict[str, type[_Record]] = {
+    f"{_MLX_LM}.KVCache": _Appending,
+    f"{_MLX_LM}.QuantizedKVCache": _Appending,
+    f"{_MLX_LM}.BatchKVCache": _BatchAppending,
+    f"{_MLX_LM}.ConcatenateKVCache": _Concatenating,
+    f"{_MLX_LM}.RotatingKVCache": _Rotating,
+    f"{_MLX_LM}.BatchRotatingKVCache": _BatchRotating,
+    f"{_MLX_LM}.ChunkedKVCache": _Chunked,
+    f"{_MLX_LM}.ArraysCache": _Replacing,
+    f"{_MLX_VLM}.KVCache": _Appending,
+    f"{_MLX_VLM}.BatchKVCache": _BatchAppending,
+    f"{_MLX_VLM}.RotatingKVCache": _Rotating,
+    f"{_MLX_VLM}.BatchRotatingKVCache": _BatchRotating,
+    f"{_MLX_VLM}.ArraysCache": _Counting,
 }
 if not hasattr(mlx_lm_caches.ChunkedKVCache, "keys_and_values"):
     # Before mlx-lm 0.32 it takes free slots of its buffer for tokens, and cuts wrongly.
-    del _RECORDS[mlx_lm_caches.ChunkedKVCache]
+    del _RECORDS[f"{_MLX_LM}.ChunkedKVCache"]

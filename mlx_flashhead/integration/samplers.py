@@ -9,9 +9,10 @@ user's own, and gets logits over the whole vocabulary.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from types import FunctionType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from mlx_lm import sample_utils
@@ -29,15 +30,18 @@ _METHODS = {
 }
 
 
+def _modules() -> tuple[ModuleType, ModuleType]:
+    """Where samplers are made: mlx-vlm has a copy of mlx-lm's module."""
+    return sample_utils, sys.modules.get("mlx_vlm.sample_utils", sample_utils)
+
+
 def _closure(function: Any, name: str) -> dict[str, Any] | None:
     """Variables that a function of ``mlx_lm.sample_utils`` with this qualified name
     has closed over; ``None`` if it is another function, be it one with borrowed names
     (``functools.wraps``)."""
-    if (
-        not isinstance(function, FunctionType)
-        or function.__globals__ is not vars(sample_utils)
-        or function.__qualname__ != name
-    ):
+    if not isinstance(function, FunctionType) or function.__qualname__ != name:
+        return None
+    if all(function.__globals__ is not vars(module) for module in _modules()):
         return None
     cells = (cell.cell_contents for cell in function.__closure__ or ())
     return dict(zip(function.__code__.co_freevars, cells))
@@ -74,7 +78,7 @@ def _is_greedy(sampler: Any) -> bool:
     return (
         isinstance(sampler, FunctionType)
         and sampler.__name__ == "<lambda>"
-        and any(sampler.__globals__ is vars(m) for m in (sample_utils, _generate))
+        and any(sampler.__globals__ is vars(m) for m in (*_modules(), _generate))
         and sampler.__closure__ is None
         and sampler.__code__.co_names == ("mx", "argmax")
         and -1 in sampler.__code__.co_consts

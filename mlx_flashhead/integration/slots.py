@@ -66,11 +66,38 @@ class Before:
     dtypes: dict[str, mx.Dtype]
 
 
+class Rows(mx.array):
+    """Rows ``[V, D]`` of a head, an array as any other, but where a model makes its
+    logits with ``x @ weight.T``, they are what ``answer(x)`` gives."""
+
+    def __init__(self, rows: mx.array, answer: Answer):
+        super().__init__(rows)
+        self._answer = answer
+
+    @property
+    def T(self) -> mx.array:
+        return _Columns(super().T, self._answer)
+
+
+class _Columns(mx.array):
+    """The same, transposed: ``[D, V]``."""
+
+    def __init__(self, columns: mx.array, answer: Answer):
+        super().__init__(columns)
+        self._answer = answer
+
+    def __rmatmul__(self, x: mx.array) -> mx.array:
+        return self._answer(x)
+
+
 class FlashLinear(nn.Module):
     """Stands in for the ``nn.Linear`` of a model whose embedding is another table.
 
     Args:
         head (FlashHead): The head.
+        dtype (mx.Dtype, optional): That of the weight; by default the rows'.
+        unpack (mx.Dtype, optional): The dtype that packed rows are unpacked in before:
+          float32 is exact, and without any it is that of their scales, as in mlx-lm.
 
     Attributes:
         decoding (str): ``"approximate"``, ``"exact"`` or ``"dense"``; but for the
@@ -80,9 +107,15 @@ class FlashLinear(nn.Module):
       before (Before, optional): What to detach it to, where it was attached.
     """
 
-    def __init__(self, head: FlashHead):
+    def __init__(
+        self,
+        head: FlashHead,
+        dtype: mx.Dtype | None = None,
+        unpack: mx.Dtype | None = None,
+    ):
         super().__init__()
         self.head = head
+        self._dtype, self._unpack = dtype or head.rows.dtype, unpack
         self.decoding: Decoding = "approximate"
         self.verify_every = 1
         self.stop_tokens: frozenset[int] = frozenset()
@@ -93,10 +126,17 @@ class FlashLinear(nn.Module):
         """Whether decoding is exact."""
         return self.decoding == "exact"
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x; where
-        decoding is dense or exact as MLX's product gives them, for exact decoding
-        chooses by these."""
+    @property
+    def weight(self) -> mx.array:
+        """Rows ``[V, D]`` in vocabulary order, lazy, for models that read the weight of
+        their head, or multiply with it themselves."""
+        rows = self._rows(mx.arange(self.head.vocab_size))
+        return Rows(rows, self._logits)
+
+    def _rows(self, ids: mx.array) -> mx.array:
+        return self.head.embed(ids, self._unpack).astype(self._dtype)
+
+    def _logits(self, x: mx.array) -> mx.array:
         for head, answer in reversed(_interceptions.get()):
             if head is self.head:
                 return answer(x)
@@ -104,35 +144,25 @@ class FlashLinear(nn.Module):
             return self.head.dense(x)
         return self.head(x)
 
+    def __call__(self, x: mx.array) -> mx.array:
+        """Logits ``[..., V]`` of hidden states ``x [..., D]``, in the dtype of x; where
+        decoding is dense or exact as MLX's product gives them, for exact decoding
+        chooses by these."""
+        return self._logits(x)
+
 
 class FlashEmbedding(FlashLinear):
     """Stands in for the ``nn.Embedding`` of a tied model: one table serves both as
-    the embedding and, through ``as_linear``, as the classification head.
-
-    Args:
-        head (FlashHead): The head.
-        dtype (mx.Dtype, optional): That of the embeddings; by default the rows'.
-        unpack (mx.Dtype, optional): The dtype that packed rows are unpacked in before:
-          float32 is exact, and without any it is that of their scales, as in mlx-lm.
-    """
-
-    def __init__(
-        self,
-        head: FlashHead,
-        dtype: mx.Dtype | None = None,
-        unpack: mx.Dtype | None = None,
-    ):
-        super().__init__(head)
-        self._dtype, self._unpack = dtype or head.rows.dtype, unpack
+    the embedding and, through ``as_linear``, as the classification head."""
 
     def _extra_repr(self) -> str:
         return f"{self.head.vocab_size}, {self.head.hidden_size}"
 
     def __call__(self, ids: mx.array) -> mx.array:
         """Embeddings ``[*ids.shape, D]`` of tokens."""
-        return self.head.embed(ids, self._unpack).astype(self._dtype)
+        return self._rows(ids)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Logits ``[..., V]`` of hidden states ``x [..., D]``, as :class:`FlashLinear`
         gives them."""
-        return super().__call__(x)
+        return self._logits(x)

@@ -6,21 +6,28 @@ once it has matched its plain reference on the device at hand (see ``backend``).
 """
 
 from .backend import kind, plain
-from .draft import Law, Noise, Rows, Shaping, Tail, draft_greedy, draft_sampled, lowest
+from .blocks import probe_blocks
+from .draft import draft, lowest
+from .law import Draft, Draw, Law, Tail
+from .noise import Noise
 from .probe_logits import probe_logits
+from .rows import Rows
 from .select_probes import select_probes
+from .shaping import Shaping
 
 __all__ = [
+    "Draft",
+    "Draw",
     "Law",
     "Noise",
     "Rows",
     "Shaping",
     "Tail",
-    "draft_greedy",
-    "draft_sampled",
+    "draft",
     "kind",
     "lowest",
     "plain",
+    "probe_blocks",
     "probe_logits",
     "select_probes",
 ]

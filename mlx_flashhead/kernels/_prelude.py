@@ -68,6 +68,7 @@ METAL_FUNC float log(float x) { return logf(x); }
 METAL_FUNC float tanh(float x) { return tanhf(x); }
 }
 
+METAL_FUNC uint popcount(uint v) { return __popc(v); }
 METAL_FUNC uint mulhi(uint a, uint b) { return __umulhi(a, b); }
 
 template <typename T>
@@ -100,9 +101,7 @@ METAL_FUNC uint simd_prefix_exclusive_sum(uint v) {
     + "FLASHHEAD_LOAD()\n#undef FLASHHEAD_LOAD\n"
 )
 
-# Threads of a group that handles a long row, and of one for a short row. A large group
-# reads its row again in every pass rather than keep it in registers, of which so many
-# threads have few (a loop that is unrolled further than 4 would bring it there).
+# Threads of a group that handles a long row, and of one for a short row.
 LARGE_GROUP = 1024
 SMALL_GROUP = 256
 

@@ -196,6 +196,13 @@ def short(value: object) -> str:
     return str(value).lower()
 
 
+@lru_cache(maxsize=256)
+def words(values: tuple[int, ...]) -> mx.array:
+    """Settings for a kernel, uint32, as an array that is kept: at least 8, for fewer
+    are no device buffer in Metal."""
+    return mx.array([*values, *([0] * (8 - len(values)))], dtype=mx.uint32)
+
+
 @lru_cache
 def bounds_registers() -> bool:
     """Whether Apple's compiler takes the number of threads as an attribute of a kernel
@@ -249,11 +256,29 @@ def largest_group(variant: str, most: int, check: Callable[[int], None]) -> int:
     return states[variant].threads
 
 
-def attempt(most: int, check: Callable[[int], None]) -> State:
+def runs(variant: str, threads: int, check: Callable[[int], None]) -> bool:
+    """Whether the kernel runs here with so many threads; where it does not, another is
+    to take its place, so nothing is warned of.
+
+    Args:
+        variant (str): The kernel and what its code depends on.
+        threads (int): Threads per threadgroup.
+        check (Callable): As for :func:`largest_group`.
+    """
+    if kind() == "plain":
+        return False
+    if variant not in states:
+        states[variant] = attempt(threads, check, (threads,))
+    return states[variant].threads > 0
+
+
+def attempt(
+    most: int, check: Callable[[int], None], groups: Sequence[int] = GROUPS
+) -> State:
     """With how many threads, of at most ``most``, ``check`` passes: see
     :func:`largest_group`."""
     failures = []
-    for threads in [n for n in GROUPS if n <= most] or [most]:
+    for threads in [n for n in groups if n <= most] or [most]:
         try:
             check(threads)
         except Exception as error:  # whatever the device's compiler or runtime says

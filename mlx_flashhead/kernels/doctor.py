@@ -13,7 +13,7 @@ import click
 
 from . import backend
 
-KERNELS = ("select_probes", "probe_logits", "draft")
+KERNELS = ("select_probes", "probe_logits", "blocks", "draft")
 
 
 def report(run: bool = True) -> dict[str, Any]:
@@ -102,6 +102,9 @@ def main(as_json: bool) -> None:
         click.echo(f"{package:15}{number}")
     for name, state in {**checked["kernels"], **checked.get("self_test", {})}.items():
         click.echo(f"{name:72}{state}")
+    click.echo(
+        "Rows: kernels for affine 4, 5, 6, 8 bits and for 16; plain MLX for others."
+    )
     if checked["backend"] == "plain":
         click.echo("No GPU back-end: plain MLX operations do the kernels' work.")
     elif any(not s.startswith("ok") for s in checked.get("self_test", {}).values()):

@@ -1,12 +1,27 @@
 """Exact logits of the probed clusters' rows (arXiv 2603.14591, stage 2)."""
 
 import itertools
-from functools import lru_cache, partial
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from . import backend
+from .rows import INPUTS, METAL, Rows
+
+# What stands before: where a thread is. A kernel that goes on with the logits FINDS
+# them in threadgroup memory as well, and all its threads come to its barriers.
+BEGIN = """
+    constexpr int SIMDGROUPS = THREADS / 32;
+    static_assert(THREADS % 32 == 0, "whole simdgroups");
+    uint simd_lid = thread_index_in_simdgroup;
+    uint simd_gid = simdgroup_index_in_threadgroup;
+    uint batch = threadgroup_position_in_grid.y;
+    uint n_probes = probes_shape[1];
+    uint probe = threadgroup_position_in_grid.x * SIMDGROUPS + simd_gid;
+    threadgroup float found[FINDS ? SIMDGROUPS * M : 1];
+"""
 
 # One simdgroup scores one probed cluster, whose rows lie one after another. Eight
 # lanes share a row and read it side by side, 16 bytes or more each, so four rows are
@@ -18,7 +33,7 @@ from . import backend
 # Lanes that share a scale read it at the same address, which the memory serves once. To
 # read it in one of them and shuffle would take the same load, which all lanes issue
 # together, and a shuffle more.
-_SOURCE = """
+SCORE = """
     constexpr int UNIT = unit_size(BITS);  // weights that a lane reads at a time
     constexpr int WORDS = UNIT * BITS / 32;
     constexpr int UNITS = D / UNIT;
@@ -30,223 +45,133 @@ _SOURCE = """
     static_assert(!QUANTIZED || (D % GROUP_SIZE == 0 && GROUP_SIZE % UNIT == 0),
                   "a unit has one scale");
     static_assert(!QUANTIZED || BITS <= 23, "weights fit the mantissa of 2^23");
-    static_assert(THREADS % 32 == 0, "whole simdgroups");
-    uint simd_lid = thread_index_in_simdgroup;
-    uint batch = threadgroup_position_in_grid.y;
-    uint n_probes = probes_shape[1];
     uint n_rows = sizes[0];
-    uint probe = threadgroup_position_in_grid.x * (THREADS / 32)
-        + simdgroup_index_in_threadgroup;
-    if (probe >= n_probes) {
-        return;
-    }
-    size_t out = size_t(batch) * n_probes + probe;
-    uint first = probes[out] * M;
-    const device uint* words = (const device uint*)weight;
-    const device uint* x_words = (const device uint*)(x + size_t(batch) * D);
+    if (probe < n_probes) {
+        size_t out = size_t(batch) * n_probes + probe;
+        uint first = probes[out] * M;
+        const device uint* words = (const device uint*)weight;
+        const device uint* x_words = (const device uint*)(x + size_t(batch) * D);
 
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-        // Where the rows and their groups begin.
-        const device uint* row_words[ROWS];
-        size_t row_groups[ROWS];
-        float acc[ROWS];
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            uint row = (chunk * ROWS + r) * 4 + simd_lid / 8;
-            size_t at = min(first + min(row, uint(M - 1)), n_rows - 1);
-            row_words[r] = words + at * (UNITS * WORDS);
-            row_groups[r] = at * GROUPS;
-            acc[r] = 0.0f;
-        }
-        for (int unit = simd_lid % 8; unit < UNITS; unit += 8) {
-            float v[UNIT];
-            load_floats<T, UNIT>(x_words, unit, v);
-            uint w[ROWS][WORDS];
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            // Where the rows and their groups begin.
+            const device uint* row_words[ROWS];
+            size_t row_groups[ROWS];
+            float acc[ROWS];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                load_words<WORDS>(row_words[r] + unit * WORDS, w[r]);
+                uint row = (chunk * ROWS + r) * 4 + simd_lid / 8;
+                size_t at = min(first + min(row, uint(M - 1)), n_rows - 1);
+                row_words[r] = words + at * (UNITS * WORDS);
+                row_groups[r] = at * GROUPS;
+                acc[r] = 0.0f;
             }
-            if (QUANTIZED) {
-                int group = unit * UNIT / GROUP_SIZE;
-                float sum = 0.0f;
-#pragma unroll
-                for (int i = 0; i < UNIT; i++) {
-                    sum += v[i];
-                }
+            for (int unit = simd_lid % 8; unit < UNITS; unit += 8) {
+                float v[UNIT];
+                load_floats<T, UNIT>(x_words, unit, v);
+                uint w[ROWS][WORDS];
 #pragma unroll
                 for (int r = 0; r < ROWS; r++) {
-                    float dot = 0.0f;
-#pragma unroll
-                    for (int i = 0; i < UNIT; i++) {
-                        dot += v[i] * unpack<BITS>(w[r], i);
-                    }
-                    size_t at = row_groups[r] + group;
-                    acc[r] += load(scales, at) * dot + load(biases, at) * sum;
+                    load_words<WORDS>(row_words[r] + unit * WORDS, w[r]);
                 }
-            } else {
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) {
+                if (QUANTIZED) {
+                    int group = unit * UNIT / GROUP_SIZE;
+                    float sum = 0.0f;
 #pragma unroll
                     for (int i = 0; i < UNIT; i++) {
-                        acc[r] += v[i] * element<T>(w[r], i);
+                        sum += v[i];
+                    }
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) {
+                        float dot = 0.0f;
+#pragma unroll
+                        for (int i = 0; i < UNIT; i++) {
+                            dot += v[i] * unpack<BITS>(w[r], i);
+                        }
+                        size_t at = row_groups[r] + group;
+                        acc[r] += load(scales, at) * dot + load(biases, at) * sum;
+                    }
+                } else {
+#pragma unroll
+                    for (int r = 0; r < ROWS; r++) {
+#pragma unroll
+                        for (int i = 0; i < UNIT; i++) {
+                            acc[r] += v[i] * element<T>(w[r], i);
+                        }
+                    }
+                }
+            }
+#pragma unroll
+            for (int r = 0; r < ROWS; r++) {
+                float value = acc[r];
+                value += simd_shuffle_xor(value, ushort(1));
+                value += simd_shuffle_xor(value, ushort(2));
+                value += simd_shuffle_xor(value, ushort(4));
+                uint row = (chunk * ROWS + r) * 4 + simd_lid / 8;
+                bool real = row < uint(M) && first + row < n_rows;
+                if (row < uint(M) && simd_lid % 8 == 0) {
+                    if (BIASED && real) {
+                        value += load(bias, first + row);
+                    }
+                    value = real ? value : -INFINITY;
+                    logits[out * M + row] = value;
+                    if (FINDS) {
+                        found[simd_gid * M + row] = value;
                     }
                 }
             }
         }
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-            float value = acc[r];
-            value += simd_shuffle_xor(value, ushort(1));
-            value += simd_shuffle_xor(value, ushort(2));
-            value += simd_shuffle_xor(value, ushort(4));
-            uint row = (chunk * ROWS + r) * 4 + simd_lid / 8;
-            bool real = row < uint(M) && first + row < n_rows;
-            if (row < uint(M) && simd_lid % 8 == 0) {
-                logits[out * M + row] = real ? value : -INFINITY;
-            }
-        }
     }
-"""
-
-_HEADER = """
-METAL_FUNC constexpr int unit_size(int bits) {
-    return bits < 8 ? 32 : 128 / bits;
-}
-
-template <int N>
-METAL_FUNC void load_words(const device uint* from, thread uint* to) {
-    if (N % 4 == 0) {
-#pragma unroll
-        for (int i = 0; i < N; i += 4) {
-            uint4 v = *(const device uint4*)(from + i);
-            to[i] = v.x;
-            to[i + 1] = v.y;
-            to[i + 2] = v.z;
-            to[i + 3] = v.w;
-        }
-    } else if (N % 2 == 0) {
-#pragma unroll
-        for (int i = 0; i < N; i += 2) {
-            uint2 v = *(const device uint2*)(from + i);
-            to[i] = v.x;
-            to[i + 1] = v.y;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            to[i] = from[i];
-        }
-    }
-}
-
-// Element i of words that hold values of type T.
-template <typename T>
-METAL_FUNC float element(thread const uint* words, int i) {
-    return float(as_type<T>(ushort(words[i / 2] >> (16 * (i % 2)))));
-}
-template <>
-METAL_FUNC float element<float>(thread const uint* words, int i) {
-    return as_type<float>(words[i]);
-}
-
-template <typename T, int N>
-METAL_FUNC void load_floats(const device uint* from, int unit, thread float* to) {
-    constexpr int WORDS = N * sizeof(T) / 4;
-    static_assert(WORDS * 4 == int(N * sizeof(T)), "whole words");
-    uint words[WORDS];
-    load_words<WORDS>(from + unit * WORDS, words);
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        to[i] = element<T>(words, i);
-    }
-}
-
-// Weight i of a little-endian stream of BITS-bit integers.
-template <int BITS>
-METAL_FUNC float unpack(thread const uint* words, int i) {
-    int at = i * BITS / 32;
-    int shift = i * BITS % 32;
-    uint bits = words[at] >> shift;
-    if (shift + BITS > 32) {
-        bits |= words[at + 1] << (32 - shift);
-    }
-    return as_type<float>(0x4b000000u | (bits & (~0u >> (32 - BITS)))) - 8388608.0f;
-}
 """
 
 # Two clusters to a threadgroup: small groups spread over all cores.
-_THREADS = 64
+THREADS = 64
 
 _kernel = backend.Kernel(
     "probe_logits",
-    ["x", "weight", "scales", "biases", "probes", "sizes"],
+    [*INPUTS, "probes", "sizes"],
     ["logits"],
-    _SOURCE,
-    _HEADER,
+    BEGIN + SCORE,
+    METAL,
 )
 
 
-def probe_logits(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array | None,
-    biases: mx.array | None,
-    probes: mx.array,
-    *,
-    group_size: int = 64,
-    bits: int = 8,
-    n_rows: int | None = None,
-) -> mx.array:
+def probe_logits(rows: Rows, probes: mx.array) -> mx.array:
     """Logits of all rows of the probed clusters, accumulated in float32.
 
     Args:
-        x (mx.array): Hidden states ``[B, D]``, float16, bfloat16 or float32, with D
-          a multiple of 32.
-        weight (mx.array): Rows in cluster order: ``[C, m, D]`` in the dtype of x, or
+        rows (Rows): Hidden states ``[B, D]``, float16, bfloat16 or float32, with D a
+          multiple of 32, and rows in cluster order: ``[C, m, D]`` in the dtype of x, or
           uint32 ``[C, m, D * bits / 32]`` as :func:`mlx.core.quantize` packs them in
-          its affine mode; m from 1 to 128.
-        scales (mx.array, optional): ``[C, m, D / group_size]``, floating; ``None`` for
-          rows that are not quantized.
-        biases (mx.array, optional): Like ``scales``.
+          its affine mode, in 4, 5, 6 or 8 bits and groups of 32, 64 or 128, with
+          scales and biases ``[C, m, D / group_size]``, floating; m from 1 to 128.
         probes (mx.array): Clusters to score, uint32 ``[B, p]``, each below C.
-        group_size (int): Weights per scale: 32, 64 or 128.
-        bits (int): Bits per weight: 4, 5, 6 or 8.
-        n_rows (int, optional): Number of real rows. Row ``c * m + j`` is padding if
-          it is not below it, and its logit is ``-inf``. By default all are real.
 
     Returns:
-        mx.array: Logits, float32 ``[B, p * m]``, cluster after cluster.
+        mx.array: Logits, float32 ``[B, p * m]``, cluster after cluster; ``-inf`` where
+        the number of the row is not below ``n_rows``, which is padding.
 
     Raises:
         ValueError: If shapes, dtypes, ``bits`` or ``group_size`` do not fit.
     """
-    _validate(x, weight, scales, biases, probes, group_size, bits)
-    C, m = weight.shape[:2]
-    n_rows = C * m if n_rows is None else n_rows
-    if not 1 <= n_rows <= C * m:
-        raise ValueError(f"n_rows must be from 1 to {C * m}, not {n_rows}")
+    validate(rows, probes)
     if not probes.size:
-        B, p = probes.shape
-        return mx.zeros((B, p * m))
-    code = Case(
-        *(x.dtype, 0 if scales is None else bits, group_size, x.shape[1], m),
-        scales=None if scales is None else scales.dtype,
-    )
-    if scales is None:
-        group_size, bits = 32, 8 * x.dtype.size
-    variant = f"probe_logits({_described(code)})"
+        return mx.zeros((len(probes), probes.shape[1] * rows.weight.shape[1]))
+    threads = threads_for("probe_logits", rows, partial(_check, case_of(rows)))
+    return _launch(rows, probes, threads) if threads else reference(rows, probes)
+
+
+def threads_for(name: str, rows: Rows, check: Callable[[int], None]) -> int:
+    """With how many threads a kernel that scores rows runs; 0 where it cannot."""
     # Fewer than 8 words are no device buffer in Metal, and not worth a launch.
-    threads = 0
-    if weight.size >= 8:
-        threads = backend.largest_group(variant, largest(code), partial(_check, code))
-    args = (x, weight, scales, biases, probes, group_size, bits, n_rows)
-    return _launch(*args, threads) if threads else _reference(*args)
+    if rows.weight.size < 8:
+        return 0
+    return backend.largest_group(f"{name}({rows})", THREADS, check)
 
 
 class Case(NamedTuple):
     """Inputs of a launch: dtype of the hidden states, bits of a weight (0: it is not
-    quantized), sizes as in :func:`probe_logits` with C clusters and p probes, and the
-    scales' dtype (by default that of the states)."""
+    quantized), sizes as in :func:`probe_logits` with C clusters and p probes, the
+    scales' dtype (by default that of the states) and the bias's, if there is one."""
 
     dtype: mx.Dtype
     bits: int
@@ -257,6 +182,7 @@ class Case(NamedTuple):
     C: int = 5
     p: int = 3
     scales: mx.Dtype | None = None
+    bias: mx.Dtype | None = None
 
 
 _F16, _BF16, _F32 = mx.float16, mx.bfloat16, mx.float32
@@ -281,6 +207,8 @@ _EDGES = (
     Case(_BF16, 4, 64, 640, 16, scales=_F16),
     Case(_BF16, 8, 64, 640, 16, scales=_F32),
     Case(_F16, 4, 64, 640, 16, scales=_F32),
+    Case(_F16, 8, 64, 128, 16, bias=_F16),
+    Case(_BF16, 0, 32, 96, 5, bias=_F32),
 )
 # Every format, with sizes that go round.
 _FORMATS = tuple(
@@ -301,36 +229,50 @@ CASES = (*_EDGES, *_FORMATS)
 
 def largest(case: Case) -> int:
     """Threads of a threadgroup: the same in all cases."""
-    return _THREADS
+    return THREADS
 
 
-def inputs(case: Case) -> tuple[mx.array, mx.array, mx.array | None, mx.array | None]:
-    """Hidden states, rows, scales and biases of a case."""
-    keys = mx.random.split(mx.random.key(case.D + case.m))
+def inputs(case: Case) -> Rows:
+    """Hidden states and rows of a case."""
+    keys = mx.random.split(mx.random.key(case.D + case.m), 3)
     x = mx.random.normal((case.B, case.D), key=keys[0]).astype(case.dtype)
-    weight = mx.random.normal((case.C, case.m, case.D), key=keys[1]) * case.D**-0.5
-    weight = weight.astype(case.scales or case.dtype)
-    if not case.bits:
-        return x, weight, None, None
-    packed = mx.quantize(weight, group_size=case.group_size, bits=case.bits)
-    return x, *packed
+    shape = (case.C, case.m, case.D)
+    weight = mx.random.normal(shape, key=keys[1]) * case.D**-0.5
+    weight, scales, biases = weight.astype(case.scales or case.dtype), None, None
+    bits = case.bits or 8 * case.dtype.size
+    if case.bits:
+        weight, scales, biases = mx.quantize(
+            weight, group_size=case.group_size, bits=bits
+        )
+    bias = None
+    if case.bias is not None:
+        bias = mx.random.normal(shape[:2], key=keys[2]).astype(case.bias)
+    n_rows = case.C * case.m - case.m // 3
+    return Rows(x, weight, scales, biases, bits, case.group_size, n_rows, bias)
 
 
-def probed(case: Case) -> tuple[mx.array, int]:
-    """Probes of a case, different in each row and the last cluster among them, and how
-    many rows are real."""
+def probed(case: Case) -> mx.array:
+    """Probes of a case, different in each row and the last cluster among them."""
     C, p = case.C, case.p
     rows = [[(b + i * (C // p)) % C for i in range(p - 1)] for b in range(case.B)]
-    probes = mx.array([[*sorted(row), C - 1] for row in rows], dtype=mx.uint32)
-    return probes, C * case.m - case.m // 3
+    return mx.array([[*sorted(row), C - 1] for row in rows], dtype=mx.uint32)
+
+
+def case_of(rows: Rows) -> Case:
+    """The case that runs the same code."""
+    scales, bias = (None if a is None else a.dtype for a in (rows.scales, rows.bias))
+    bits = 0 if scales is None else rows.bits
+    return Case(
+        *(rows.x.dtype, bits, rows.group_size, rows.x.shape[1], rows.weight.shape[1]),
+        scales=scales,
+        bias=bias,
+    )
 
 
 def check(case: Case, threads: int) -> None:
     """Raise unless the kernel matches its reference in this case."""
-    probes, n_rows = probed(case)
-    bits = case.bits or 8 * case.dtype.size
-    args = (*inputs(case), probes, case.group_size, bits, n_rows)
-    got, want = _launch(*args, threads), _reference(*args, exact=True)
+    rows, probes = inputs(case), probed(case)
+    got, want = _launch(rows, probes, threads), reference(rows, probes, exact=True)
     backend.expect_close("probe_logits", got, want, 1e-4)
 
 
@@ -340,24 +282,9 @@ def _check(code: Case, threads: int) -> None:
         check(code._replace(p=p), threads)
 
 
-def _described(code: Case) -> str:
-    """What a case's code depends on."""
-    form = "rows"
-    if code.bits:
-        form = f"{code.bits} bits in groups of {code.group_size}"
-        form += f", scales {backend.short(code.scales)}"
-    return f"{backend.short(code.dtype)}, {form}, D {code.D}, m {code.m}"
-
-
-def _validate(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array | None,
-    biases: mx.array | None,
-    probes: mx.array,
-    group_size: int,
-    bits: int,
-) -> None:
+def validate(rows: Rows, probes: mx.array) -> None:
+    """Raise ValueError unless rows and probes are what :func:`probe_logits` takes."""
+    x, weight, scales, biases, bits, group_size, n_rows, bias = rows
     if x.ndim != 2 or x.shape[1] % 32:
         raise ValueError(f"x must be [B, D] with D a multiple of 32, not {x.shape}")
     if probes.ndim != 2 or probes.shape[0] != x.shape[0] or probes.dtype != mx.uint32:
@@ -367,6 +294,11 @@ def _validate(
         )
     if weight.ndim != 3 or not 1 <= weight.shape[1] <= 128:
         raise ValueError(f"weight must be [C, m, D], m up to 128, not {weight.shape}")
+    n = weight.shape[0] * weight.shape[1]
+    if not 1 <= n_rows <= n:
+        raise ValueError(f"n_rows must be from 1 to {n}, not {n_rows}")
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ValueError(f"bias must be {weight.shape[:2]}, not {bias.shape}")
     if (scales is None) != (biases is None):
         raise ValueError("scales and biases come together")
     D = x.shape[1]
@@ -398,123 +330,77 @@ def _validate(
         )
 
 
-def _exact(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array | None,
-    biases: mx.array | None,
-    probes: mx.array,
-    group_size: int,
-    bits: int,
-) -> mx.array:
+def _exact(rows: Rows, probes: mx.array) -> mx.array:
     """Logits in float32 from copies of the probed clusters. On a CPU this is also the
     fastest for packed rows: MLX's gather_qmm accumulates in the dtype of x there."""
-    x = x.astype(mx.float32)[:, None]
+    x = rows.x.astype(mx.float32)[:, None]
 
-    def rows(a: mx.array) -> mx.array:
+    def probed_rows(a: mx.array) -> mx.array:
         a = a[probes].reshape(len(probes), -1, a.shape[-1])
         return a if a.dtype == mx.uint32 else a.astype(mx.float32)
 
-    if scales is None or biases is None:
-        return x @ rows(weight).swapaxes(-1, -2)
+    if rows.scales is None or rows.biases is None:
+        return x @ probed_rows(rows.weight).swapaxes(-1, -2)
     return mx.quantized_matmul(
         x,
-        rows(weight),
-        rows(scales),
-        rows(biases),
+        probed_rows(rows.weight),
+        probed_rows(rows.scales),
+        probed_rows(rows.biases),
         transpose=True,
-        group_size=group_size,
-        bits=bits,
+        group_size=rows.group_size,
+        bits=rows.bits,
     )
 
 
-def _gathered(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array | None,
-    biases: mx.array | None,
-    probes: mx.array,
-    group_size: int,
-    bits: int,
-) -> mx.array:
+def _gathered(rows: Rows, probes: mx.array) -> mx.array:
     """Logits without a copy of the clusters, in the precision of x."""
-    x = x[:, None, None]
-    if scales is None:
-        return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=probes)
+    x = rows.x[:, None, None]
+    if rows.scales is None:
+        return mx.gather_mm(x, rows.weight.swapaxes(-1, -2), rhs_indices=probes)
     return mx.gather_qmm(
         x,
-        weight,
-        scales,
-        biases,
+        rows.weight,
+        rows.scales,
+        rows.biases,
         rhs_indices=probes,
         transpose=True,
-        group_size=group_size,
-        bits=bits,
+        group_size=rows.group_size,
+        bits=rows.bits,
     )
 
 
-def _reference(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array | None,
-    biases: mx.array | None,
-    probes: mx.array,
-    group_size: int,
-    bits: int,
-    n_rows: int,
-    exact: bool | None = None,
-) -> mx.array:
-    """:func:`probe_logits` in plain MLX."""
+def reference(rows: Rows, probes: mx.array, exact: bool | None = None) -> mx.array:
+    """:func:`probe_logits` in plain MLX.
+
+    Args:
+        exact: Whether logits are float32's; by default on a CPU, where MLX's gather_mm
+            makes all rows contiguous first.
+    """
     B, p = probes.shape
-    C, m = weight.shape[:2]
+    C, m = rows.weight.shape[:2]
     if exact is None:
-        # On a CPU MLX's gather_mm makes all rows contiguous first.
         exact = mx.default_device().type != mx.DeviceType.gpu
-    score = _exact if exact else _gathered
-    logits = score(x, weight, scales, biases, probes, group_size, bits)
+    logits = (_exact if exact else _gathered)(rows, probes)
     logits = logits.astype(mx.float32).reshape(B, p, m)
-    if n_rows < C * m:
-        rows = probes[..., None] * m + mx.arange(m, dtype=mx.uint32)
-        logits = mx.where(rows < n_rows, logits, -mx.inf)
+    if rows.bias is not None:
+        logits = logits + rows.bias[probes]
+    if rows.n_rows < C * m:
+        numbers = probes[..., None] * m + mx.arange(m, dtype=mx.uint32)
+        logits = mx.where(numbers < rows.n_rows, logits, -mx.inf)
     return logits.reshape(B, p * m)
 
 
-@lru_cache
-def _sizes(n_rows: int) -> mx.array:
-    return mx.array([n_rows], dtype=mx.uint32)
+def groups(n_probes: int, threads: int) -> int:
+    """Threadgroups for so many clusters of a row."""
+    return -(-n_probes * 32 // threads)
 
 
-def _launch(
-    x: mx.array,
-    weight: mx.array,
-    scales: mx.array | None,
-    biases: mx.array | None,
-    probes: mx.array,
-    group_size: int,
-    bits: int,
-    n_rows: int,
-    threads: int,
-) -> mx.array:
+def _launch(rows: Rows, probes: mx.array, threads: int) -> mx.array:
     B, p = probes.shape
-    m = weight.shape[1]
     return _kernel(
-        [
-            x,
-            weight,
-            x if scales is None else scales,
-            x if biases is None else biases,
-            probes,
-            _sizes(n_rows),
-        ],
-        template=[
-            ("T", x.dtype),
-            ("D", x.shape[1]),
-            ("M", m),
-            ("BITS", bits),
-            ("GROUP_SIZE", group_size),
-            ("QUANTIZED", scales is not None),
-        ],
-        groups=(-(-p * 32 // threads), B),
+        [*rows.inputs, probes, backend.words((rows.n_rows,))],
+        template=[*rows.template, ("FINDS", False)],
+        groups=(groups(p, threads), B),
         threads=threads,
-        outputs=[((B, p * m), mx.float32)],
+        outputs=[((B, p * rows.weight.shape[1]), mx.float32)],
     )[0]

@@ -1,6 +1,6 @@
 """Which clusters to probe: the p best of C scores (arXiv 2603.14591, stage 1)."""
 
-from functools import lru_cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -10,7 +10,8 @@ from ._prelude import BINS, LARGE_GROUP, SMALL_GROUP
 
 # Scores become integer keys that grow from the best score to the worst. A radix
 # select finds the p-th key, then every simdgroup writes the chosen of its own
-# stretch of indices, ties in order of index until p are chosen.
+# stretch of indices, ties in order of index until p are chosen. Where a thread has
+# few keys it keeps them in registers, else it makes them again in each pass.
 _SOURCE = """
     constexpr int N = (C + THREADS - 1) / THREADS;
     static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole simdgroups, at most 32");
@@ -26,6 +27,25 @@ _SOURCE = """
     threadgroup uint sums[64];
     threadgroup uint bin_at[3];
 
+    // Each thread's best key: the p-th of all is not beyond the worst of p of those.
+    uint keys[KEPT ? N : 1];
+    uint bound = ~0u;
+    if (KEPT) {
+UNROLL
+        for (int j = 0; j < N; j++) {
+            uint i = first + 32 * j;
+            keys[j] = i < C ? score_key(scores, base + i, spread, i, SPREAD) : ~0u;
+            bound = min(bound, keys[j]);
+        }
+        bound = simd_min(~bound);
+        if (simd_lid == 0) {
+            sums[simd_gid] = bound;
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        bound = ~simd_min(simd_lid < THREADS / 32 ? sums[simd_lid] : ~0u);
+        bound = n_probes <= THREADS ? bound : ~0u;
+    }
+
     // The p-th smallest key, digit by digit. The keys before it are all chosen;
     // of those equal to it, as many as remain.
     uint cut = 0;
@@ -35,12 +55,13 @@ _SOURCE = """
         int width = digit == 2 ? 10 : 11;
         clear_bins<THREADS>(bins, lid);
         threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll 4
+UNROLL
         for (int j = 0; j < N; j++) {
             uint i = first + 32 * j;
             if (i < C) {
-                uint key = score_key(scores, base + i, spread, i, SPREAD);
-                if (digit == 0 || key >> (shift + width) == cut) {
+                uint key = KEPT ? keys[j]
+                    : score_key(scores, base + i, spread, i, SPREAD);
+                if (key <= bound && (digit == 0 || key >> (shift + width) == cut)) {
                     uint bin = (key >> shift) & ((1u << width) - 1);
                     atomic_fetch_add_explicit(&bins[bin], 1u, memory_order_relaxed);
                 }
@@ -55,11 +76,11 @@ _SOURCE = """
     // stretch of indices.
     uint below = 0;
     uint equal = 0;
-#pragma unroll 4
+UNROLL
     for (int j = 0; j < N; j++) {
         uint i = first + 32 * j;
         if (i < C) {
-            uint key = score_key(scores, base + i, spread, i, SPREAD);
+            uint key = KEPT ? keys[j] : score_key(scores, base + i, spread, i, SPREAD);
             below += key < cut;
             equal += key == cut;
         }
@@ -74,23 +95,27 @@ _SOURCE = """
     below = simd_sum(simd_lid < simd_gid ? sums[simd_lid] : 0u);
     equal = simd_sum(simd_lid < simd_gid ? sums[32 + simd_lid] : 0u);
 
-#pragma unroll 4
+    uint before = (1u << simd_lid) - 1;  // the lanes before this
+UNROLL
     for (int j = 0; j < N; j++) {
         uint i = first + 32 * j;
         uint key = ~0u;
         if (i < C) {
-            key = score_key(scores, base + i, spread, i, SPREAD);
+            key = KEPT ? keys[j] : score_key(scores, base + i, spread, i, SPREAD);
         }
         bool is_below = i < C && key < cut;
         bool is_equal = i < C && key == cut;
-        uint below_here = below + simd_prefix_exclusive_sum(uint(is_below));
-        uint equal_here = equal + simd_prefix_exclusive_sum(uint(is_equal));
+        // A bit for each lane.
+        uint all_below = simd_sum(uint(is_below) << simd_lid);
+        uint all_equal = simd_sum(uint(is_equal) << simd_lid);
+        uint below_here = below + popcount(all_below & before);
+        uint equal_here = equal + popcount(all_equal & before);
         if (is_below || (is_equal && equal_here < remaining)) {
             uint at = below_here + min(equal_here, remaining);
             probes[size_t(row) * n_probes + at] = i;
         }
-        below += simd_sum(uint(is_below));
-        equal += simd_sum(uint(is_equal));
+        below += popcount(all_below);
+        equal += popcount(all_equal);
     }
 """
 
@@ -111,12 +136,22 @@ METAL_FUNC uint score_key(S scores, size_t at, P spread, uint i, bool add) {
 }
 """
 
-_kernel = backend.Kernel(
-    "select_probes",
-    ["scores", "spread", "sizes"],
-    ["probes"],
-    _SOURCE,
-    BINS + _HEADER,
+# Keys of a thread that are kept in registers at most: there are 64 for each of 1,024
+# threads on NVIDIA's GPUs. What indexes registers has to be unrolled.
+IN_REGISTERS = 16
+
+_kept, _read_again = (
+    backend.Kernel(
+        name,
+        ["scores", "spread", "sizes"],
+        ["probes"],
+        _SOURCE,
+        BINS + _HEADER + f'#define UNROLL _Pragma("{unroll}")\n',
+    )
+    for name, unroll in (
+        ("select_probes_kept", "unroll"),
+        ("select_probes", "unroll 4"),
+    )
 )
 
 
@@ -153,8 +188,15 @@ def select_probes(
     of_spread = None if spread is None else spread.dtype
     code = Case(n_clusters, n_probes, scores.dtype, of_spread)
     added = "" if spread is None else f" + {backend.short(spread.dtype)}"
-    variant = f"select_probes({backend.short(scores.dtype)}{added}, C {n_clusters})"
-    threads = backend.largest_group(variant, largest(code), partial(_check, code))
+    form = f"{backend.short(scores.dtype)}{added}, C {n_clusters}"
+    most = largest(code)
+    if n_clusters <= IN_REGISTERS * most:
+        kept = code._replace(kept=True)
+        variant = f"select_probes({form}, in registers)"
+        if backend.runs(variant, most, partial(_check, kept)):
+            return _launch(scores, n_probes, spread, most, kept=True)
+    variant = f"select_probes({form})"
+    threads = backend.largest_group(variant, most, partial(_check, code))
     if threads:
         return _launch(scores, n_probes, spread, threads)
     return _reference(scores, n_probes, spread)
@@ -162,26 +204,30 @@ def select_probes(
 
 class Case(NamedTuple):
     """Inputs of a launch: how many clusters and probes, the dtypes of scores and
-    spread, and the batch size."""
+    spread, the batch size, and whether threads keep their keys in registers."""
 
     C: int
     p: int
     dtype: mx.Dtype = mx.float32
     spread: mx.Dtype | None = None
     B: int = 2
+    kept: bool = False
 
 
 # What tests, the doctor and the check on a GPU run. Edges of threads, stretches and
 # threadgroups; all and one of the clusters; every dtype.
 CASES = (
     Case(1, 1, B=1),
-    Case(31, 31, mx.float16),
-    Case(33, 5, spread=mx.float32),
+    Case(31, 31, mx.float16, kept=True),
+    Case(33, 5, spread=mx.float32, kept=True),
     Case(300, 300, mx.bfloat16, B=3),
-    Case(2048, 1, mx.float16, mx.float16),
+    Case(300, 299, mx.bfloat16, B=3, kept=True),
+    Case(2048, 1, mx.float16, mx.float16, kept=True),
     Case(2049, 128, mx.bfloat16, mx.float32, B=1),
-    Case(8192, 512, spread=mx.float32, B=1),
+    Case(8192, 512, spread=mx.float32, B=1, kept=True),
     Case(9000, 562),
+    Case(9000, 1200, mx.float16, kept=True),
+    Case(16_384, 1024, mx.bfloat16, mx.float32, B=1, kept=True),
     Case(16_384, 1024, mx.bfloat16, B=1),
     Case(40_000, 2500, mx.bfloat16, mx.float32),
 )
@@ -213,7 +259,7 @@ def inputs(case: Case) -> tuple[mx.array, mx.array | None]:
 def check(case: Case, threads: int) -> None:
     """Raise unless the kernel matches its reference in this case."""
     scores, spread = inputs(case)
-    got = _launch(scores, case.p, spread, threads)
+    got = _launch(scores, case.p, spread, threads, case.kept)
     backend.expect_close("select_probes", got, _reference(scores, case.p, spread))
 
 
@@ -240,18 +286,17 @@ def _reference(scores: mx.array, n_probes: int, spread: mx.array | None) -> mx.a
     return mx.sort(best.astype(mx.uint32), axis=-1)
 
 
-@lru_cache
-def _sizes(n_probes: int) -> mx.array:
-    return mx.array([n_probes], dtype=mx.uint32)
-
-
 def _launch(
-    scores: mx.array, n_probes: int, spread: mx.array | None, threads: int
+    scores: mx.array,
+    n_probes: int,
+    spread: mx.array | None,
+    threads: int,
+    kept: bool = False,
 ) -> mx.array:
     B, C = scores.shape
-    return _kernel(
-        [scores, scores if spread is None else spread, _sizes(n_probes)],
-        template=[("C", C), ("SPREAD", spread is not None)],
+    return (_kept if kept else _read_again)(
+        [scores, scores if spread is None else spread, backend.words((n_probes,))],
+        template=[("C", C), ("SPREAD", spread is not None), ("KEPT", kept)],
         groups=(1, B),
         threads=threads,
         outputs=[((B, n_probes), mx.uint32)],

@@ -22,7 +22,7 @@ from .. import kernels
 from ..head import FlashHead
 from ..kernels import filters
 from .draw import rules_of
-from .settings import Bias, Processor, Settings
+from .settings import Bias, Processor, Settings, Tempered
 from .steps import run
 
 # Clusters that filters look at, those with the largest logits. They contain whatever a
@@ -87,6 +87,8 @@ def _draw(
             logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         ids = head.token_ids.reshape(-1)[: head.vocab_size]
         return kernels.lowest(logits, ids), mx.ones(len(logits), mx.bool_)
+    if isinstance(settings, Tempered):
+        settings, logits = settings.on(logits)
     noise = kernels.Noise.make(head.n_clusters, head.cluster_size, keys)
     kept = keep(head, settings, logits, noise.coins, n_filtered)
     return choose(head, settings, kept, noise), kept.certain

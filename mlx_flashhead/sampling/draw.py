@@ -40,12 +40,16 @@ class Drawn(NamedTuple):
 
     Attributes:
         tokens (mx.array): uint32 ``[B]``.
+        logprob (mx.array): Log-probability of each, float32 ``[B]``, as in
+          :func:`logprobs`, which computes those of all tokens; but with ``edits``, the
+          logits that they did not change are rounded as the model's are.
         retrieved (Retrieved): What was scored.
         states (mx.array): The hidden states ``[B, D]``.
         edits (tuple, optional): What logits processors have changed.
     """
 
     tokens: mx.array
+    logprob: mx.array
     retrieved: Retrieved
     states: mx.array
     edits: Edits | None = None
@@ -79,16 +83,16 @@ def draw(
         processors: Logits processors, for one hidden state.
         context: The tokens so far ``[n]``, for the processors.
     """
-    weights: list[mx.array] = []
-    if not settings.greedy:
-        for temperature in (settings.temp, 1.0):
-            weights.append(constant(head, masses.log_weights, temperature))
+    heated, at_one = (
+        constant(head, masses.log_weights, temperature)
+        for temperature in (1.0 if settings.greedy else settings.temp, 1.0)
+    )
     if not processors:
-        tokens, *scored = run(head, _draw, (settings,), h, key, *weights)
-        return Drawn(tokens, Retrieved(*scored), h)
+        tokens, logprob, *scored = run(head, _draw, (settings,), h, key, heated, at_one)
+        return Drawn(tokens, logprob, Retrieved(*scored), h)
     edits = processing.apply(head, processors, context, h)
-    tokens, *scored = _draw(head, settings, h, key, *weights, edits=edits)
-    return Drawn(tokens, Retrieved(*scored), h, edits)
+    tokens, logprob, *scored = _draw(head, settings, h, key, heated, at_one, edits)
+    return Drawn(tokens, logprob, Retrieved(*scored), h, edits)
 
 
 def _draw(
@@ -96,46 +100,53 @@ def _draw(
     settings: Settings,
     h: mx.array,
     key: mx.array,
-    *weights: mx.array,
+    heated: mx.array,
+    at_one: mx.array,
     edits: Edits | None = None,
 ) -> tuple[mx.array, ...]:
-    """:func:`draw`, of arrays alone; ``weights`` are those of
+    """:func:`draw`, of arrays alone; ``heated`` and ``at_one`` are the weights of
     :func:`masses.log_weights` at the temperature and at 1."""
     transform = known_transform(head)
     centroid_logits = head.centroid_logits(h)
     probes = head.select(centroid_logits)
-    if edits is not None:
-        of_edited = head.positions[edits[0]] // head.cluster_size
-        probes = mx.concatenate([probes, of_edited[None]], axis=1)
-    exact = head.score(h, probes).reshape(len(h), -1)
     # As the dense head rounds, whose ties then agree.
     rounding = head.product_dtype(h.dtype)
     shaping = kernels.Shaping(rounding, transform.scale, transform.softcap)
-    logits, rows = exact, head.kernel_rows(h)
-
+    rows = head.kernel_rows(h)
     of_centroids, score = centroid_logits, partial(head.score, h)
+    before = shaping
     if edits is not None:
+        of_edited = head.positions[edits[0]] // head.cluster_size
+        probes = mx.concatenate([probes, of_edited[None]], axis=1)
         # What the model makes of its logits comes before the processors.
-        before, shaping = shaping, kernels.Shaping()
-        logits = _edited(head, probes, before(exact), *edits)
+        shaping = kernels.Shaping()
         of_centroids = before.transformed(centroid_logits.astype(mx.float32))
         score = partial(_model_scores, head, before, h)
-        rows = rows if transform.identity else None
-    if settings.greedy:
-        tokens = kernels.draft_greedy(logits, probes, head.token_ids, shaping)
-        return tokens, centroid_logits, probes, exact
-    heated, at_one = weights
-    all_probed = head.n_probes == head.n_clusters
-    tail = kernels.Tail(of_centroids, heated, at_one, score, rows, all_probed)
-    law = kernels.Law(settings.temp, rules_of(settings), settings.xtc_probability)
-    exempt = None
-    if settings.xtc_special_tokens:
-        exempt = settings.xtc_exempt(head.token_ids[probes].reshape(exact.shape))
-    keys = split(key, len(h))
-    tokens = kernels.draft_sampled(
-        logits, probes, head.token_ids, shaping, keys, law, tail, exempt
+    asked = kernels.Draw(
+        probes,
+        head.token_ids,
+        shaping,
+        kernels.Tail(
+            *(of_centroids, heated, at_one, score),
+            rows=rows if edits is None or transform.identity else None,
+            empty=head.n_probes == head.n_clusters,
+        ),
     )
-    return tokens, centroid_logits, probes, exact
+    if not settings.greedy:
+        asked = asked._replace(
+            law=law_of(settings),
+            keys=split(key, len(h)),
+        )
+    summary = None
+    if edits is None and rows is not None:
+        exact, summary = kernels.probe_blocks(rows, asked)
+    else:
+        exact = head.score(h, probes).reshape(len(h), -1)
+    logits = exact
+    if edits is not None:
+        logits = edited(head, probes, before(exact), *edits)
+    tokens, logprob = kernels.draft(logits, asked, summary)
+    return tokens, logprob, centroid_logits, probes, exact
 
 
 def split(key: mx.array, n: int) -> mx.array:
@@ -152,6 +163,14 @@ def _model_scores(
     return shaping.transformed(head.score(h, clusters))
 
 
+def law_of(settings: Settings) -> kernels.Law:
+    """How tokens are drawn with settings that are not greedy."""
+    special = settings.xtc_special_tokens if settings.xtc_probability > 0 else ()
+    return kernels.Law(
+        settings.temp, rules_of(settings), settings.xtc_probability, special
+    )
+
+
 def rules_of(settings: Settings) -> filters.Rules | None:
     """The filters' settings; ``None`` where nothing is filtered."""
     if not settings.cuts and settings.xtc_probability == 0:
@@ -165,14 +184,14 @@ def rules_of(settings: Settings) -> filters.Rules | None:
     )
 
 
-def _edited(
+def edited(
     head: FlashHead,
     probes: mx.array,
     logits: mx.array,
     ids: mx.array,
-    edited: mx.array,
+    values: mx.array,
 ) -> mx.array:
-    """Logits ``[1, q * m]`` of the clusters ``probes [1, q]`` with ``edited [1, n]``
+    """Logits ``[1, q * m]`` of the clusters ``probes [1, q]`` with ``values [1, n]``
     where ``ids [n]`` stand, whose clusters are the last n. What stands twice counts
     where it stands first."""
     m, (q, n) = head.cluster_size, (probes.shape[1], ids.size)
@@ -185,7 +204,7 @@ def _edited(
     # Repetitions go to a place that is cut off.
     at = mx.where(processing.repeated(ids), q * m, first * m + slot)
     flat = mx.concatenate([rows.reshape(-1), mx.zeros(1)])
-    return mx.put_along_axis(flat, at, edited[0], axis=0)[None, : q * m]
+    return mx.put_along_axis(flat, at, values[0], axis=0)[None, : q * m]
 
 
 def logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
@@ -194,11 +213,7 @@ def logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
     whoever does not look at them pays nothing."""
     logits = run(head, _logits, (), drawn.states, drawn.tokens, *drawn.retrieved)
     if drawn.edits is not None:
-        ids, edited = drawn.edits
-        again = processing.repeated(ids)  # the first of them counts
-        edited = mx.where(again, edited[:, :1], edited)
-        ids = mx.where(again, ids[0], ids)
-        logits = mx.put_along_axis(logits, ids[None], edited, axis=1)
+        logits = processing.put(logits, *drawn.edits)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
@@ -218,42 +233,6 @@ def _logits(
         mx.concatenate([probes, cluster], axis=1),
         mx.concatenate([exact, head.score(h, cluster)[:, 0]], axis=1),
     )
-
-
-def token_logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
-    """Those of :func:`logprobs` of the tokens that were drawn, float32 ``[B]``, from
-    what is known of all others: no array of the vocabulary's size is made."""
-    if drawn.edits is not None:
-        found = mx.take_along_axis(logprobs(head, drawn), drawn.tokens[:, None], axis=1)
-        return found[:, 0]
-    states, tokens = drawn.states, drawn.tokens
-    return run(head, _token_logprobs, (), states, tokens, *drawn.retrieved)
-
-
-def _token_logprobs(
-    head: FlashHead,
-    h: mx.array,
-    tokens: mx.array,
-    centroid_logits: mx.array,
-    probes: mx.array,
-    exact: mx.array,
-) -> mx.array:
-    cluster, slot = mx.divmod(head.positions[tokens][:, None], head.cluster_size)
-    # The token's cluster counts by its rows, be it among those that were probed or not.
-    own = _model_logits(head, head.score(h, cluster)[:, 0])
-    rows = _model_logits(head, exact).reshape(*probes.shape, head.cluster_size)
-    rows = mx.where((probes == cluster)[..., None], -mx.inf, rows)
-    known = mx.concatenate([probes, cluster], axis=1)
-    tail = masses.log_masses(head, centroid_logits)
-    tail = mx.put_along_axis(tail, known, mx.array(-mx.inf), axis=1)
-    every = mx.concatenate([own, rows.reshape(len(h), -1), tail], axis=1)
-    token = mx.take_along_axis(own, slot, axis=1)[:, 0]
-    return token - mx.logsumexp(every, axis=1)
-
-
-def _model_logits(head: FlashHead, logits: mx.array) -> mx.array:
-    """What the model makes of its head's logits; padding stays ``-inf``."""
-    return mx.where(logits > -mx.inf, known_transform(head)(logits), -mx.inf)
 
 
 def full_logits(head: FlashHead, h: mx.array) -> mx.array:

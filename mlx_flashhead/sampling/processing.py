@@ -49,6 +49,15 @@ def apply(
     return ids, mx.where(repeated(ids), -mx.inf, logits)
 
 
+def put(logits: mx.array, ids: mx.array, edited: mx.array) -> mx.array:
+    """Logits ``[1, V]`` with what :func:`apply` made of some, ``edited [1, n]`` where
+    ``ids [n]`` stand."""
+    again = repeated(ids)  # the first of them counts
+    edited = mx.where(again, edited[:, :1], edited)
+    ids = mx.where(again, ids[0], ids)
+    return mx.put_along_axis(logits, ids[None], edited, axis=1)
+
+
 def logits_of(head: FlashHead, h: mx.array, ids: mx.array) -> mx.array:
     """The head's exact logits, float32 ``[B, n]``, of tokens ``ids [n]`` for ``h [B,
     D]``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import mlx.core as mx
 
@@ -59,6 +59,17 @@ class Settings:
     def nucleus(self) -> float:
         """top_p, where it is one; else 1."""
         return self.top_p if 0 < self.top_p < 1 else 1.0
+
+
+class Tempered(Settings):
+    """The same, but filters look at the distribution of the temperature, not of
+    temperature 1, as mlx-vlm's samplers with a seed do. Only the dense head draws so;
+    a draft takes them for mlx-lm's, which is nearly the same."""
+
+    def on(self, logits: mx.array) -> tuple[Settings, mx.array]:
+        """Settings of temperature 1, and the logits that mean the same with them."""
+        values = {f.name: getattr(self, f.name) for f in fields(Settings)}
+        return Settings(**values | {"temp": 1.0}), logits / self.temp
 
 
 @dataclass(frozen=True, eq=False)

@@ -152,6 +152,7 @@ EMU_PRECISE(tanh)
 EMU_PRECISE(sqrt)
 #undef EMU_PRECISE
 
+inline uint popcount(uint x) { return __builtin_popcount(x); }
 inline uint mulhi(uint a, uint b) { return uint(uint64_t(a) * b >> 32); }
 
 #define EMU_REDUCE(NAME, EXPRESSION)                           \

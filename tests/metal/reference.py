@@ -46,7 +46,7 @@ def rows(weight, scales, biases, group_size: int, bits: int):
     return q * s + b, q * np.abs(s) + np.abs(b)
 
 
-def logits(x, weight, scales, biases, probes, group_size, bits, n_rows):
+def logits(x, weight, scales, biases, probes, group_size, bits, n_rows, bias=None):
     """Logits ``[B, p * m]`` in float64, and a bound on the error of any float32
     evaluation of them."""
     w, size = rows(weight, scales, biases, group_size, bits)
@@ -54,6 +54,9 @@ def logits(x, weight, scales, biases, probes, group_size, bits, n_rows):
     x, probes = as_numpy(x), np.array(probes)
     exact = np.einsum("bd,bpmd->bpm", x, w[probes])
     bound = np.einsum("bd,bpmd->bpm", np.abs(x), size[probes]) * (D + 8) * 2.0**-24
+    if bias is not None:
+        exact += as_numpy(bias)[probes]
+        bound += (np.abs(exact) + np.abs(as_numpy(bias)[probes])) * 2.0**-23
     padding = probes[..., None] * m + np.arange(m) >= n_rows
     exact[padding] = -np.inf
     return exact.reshape(len(x), -1), bound.reshape(len(x), -1)
