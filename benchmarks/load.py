@@ -32,8 +32,11 @@ ALL = [*WAYS, *(f"{way}, lazy" for way in ("stock", "flash"))]
 def main(folders, repeats, ways, flashhead, json_path):
     """Time mlx_lm.load and mlx_flashhead.load of converted folders."""
     found = in_turn(list(folders), ways, repeats, flashhead)
-    click.echo("| folder | way | seconds (min to max) | x stock | without tokenizer |")
-    click.echo("| --- | --- | --- | --- | --- |")
+    click.echo(
+        "| folder | way | seconds (min to max) | x stock "
+        "| without tokenizer | CPU seconds | x stock | peak MB |"
+    )
+    click.echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
     rows = []
     for (folder, way), each in found.items():
         s = spread(e["seconds"] for e in each)
@@ -41,9 +44,14 @@ def main(folders, repeats, ways, flashhead, json_path):
         plain = "stock, lazy" if way.endswith("lazy") else "stock"
         stock = found.get((folder, plain), each)
         ratio = s["median"] / spread(e["seconds"] for e in stock)["median"]
+        cpu, cpu_stock = (
+            spread(e["cpu_seconds"] for e in runs)["median"] for runs in (each, stock)
+        )
+        peak = max(e["peak_bytes"] for e in each) / 1e6
         click.echo(
             f"| {Path(folder).name} | {way} | {s['median']:.2f} ({s['min']:.2f} to "
-            f"{s['max']:.2f}) | {ratio:.2f} | {rest:.2f} |"
+            f"{s['max']:.2f}) | {ratio:.2f} | {rest:.2f} | {cpu:.2f} | "
+            f"{cpu / cpu_stock:.2f} | {peak:.0f} |"
         )
         rows.append({"folder": folder, "way": way, **s, "ratio": ratio, "runs": each})
     if json_path:

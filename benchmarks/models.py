@@ -58,6 +58,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window_pattern": 6,
         },
     ),
+    "gemma-3-1b": (
+        "gemma3_text",
+        {
+            **_COMMON,
+            "model_type": "gemma3_text",
+            "hidden_size": 1152,
+            "num_hidden_layers": 26,
+            "intermediate_size": 6912,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "vocab_size": 262_144,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+    ),
     "qwen3-0.6b": (
         "qwen3",
         {

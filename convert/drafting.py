@@ -84,6 +84,8 @@ class Search:
             bias: The dense head's bias, float32 ``[V]``.
             step: Called after each of :func:`~.fidelity.n_blocks` blocks.
         """
+        if not len(states):
+            return
         order = row_order(self._head)
         bias = None if bias is None else bias[order]
         logits = Logits(self._head, weight[order], bias)

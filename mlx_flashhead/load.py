@@ -20,6 +20,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    tune: bool = True,
     flashhead: str | Path | None = None,
     return_config: Literal[False] = False,
     **kwargs: Any,
@@ -34,6 +35,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    tune: bool = True,
     flashhead: str | Path | None = None,
     return_config: Literal[True],
     **kwargs: Any,
@@ -47,6 +49,7 @@ def load(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    tune: bool = True,
     flashhead: str | Path | None = None,
     **kwargs: Any,
 ) -> (
@@ -70,6 +73,8 @@ def load(
           the model's own. Otherwise they are drawn among FlashHead's candidates.
         verify_every: Tokens that are verified at once where it is exact, instead of
           the stored number.
+        tune: Whether the head is measured when it is first used, and decodes as is
+          fastest here; ``MLX_FLASHHEAD_TUNE=0`` turns it off, too.
         flashhead: A FlashHead of this model, where the folder has none or another is
           wanted: its file, a folder that has one, or the Hugging Face id of either.
         return_config: Whether to return the config, too.
@@ -106,6 +111,7 @@ def load(
         dense=dense,
         exact=exact,
         verify_every=verify_every,
+        tune=tune,
         flashhead=flashhead,
         **loading.trusting(stock_load, folder, trust),
         **options,

@@ -37,6 +37,12 @@ OPTIONS = [
         help="Tokens that --exact verifies at once.  [default: the converted number]",
     ),
     click.Option(
+        ["--tune/--no-tune"],
+        default=True,
+        help="Whether to measure the head when it is first used, and to decode as is "
+        "fastest here.  [default: tune]",
+    ),
+    click.Option(
         ["--flashhead"],
         help="A FlashHead of the model: its file, a folder or a Hugging Face id."
         "  [default: the one in the model's folder]",

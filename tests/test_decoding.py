@@ -32,7 +32,7 @@ from mlx_flashhead import (
     unpatch,
 )
 from mlx_flashhead.head import flash_head
-from mlx_flashhead.integration import decode
+from mlx_flashhead.integration import decode, masking, tuner
 from mlx_flashhead.integration.slots import intercepted
 
 generate = importlib.import_module("mlx_lm.generate")
@@ -62,20 +62,20 @@ def now() -> list:
 @pytest.fixture
 def retrieving(monkeypatch):
     """The rule for the cheaper way would take the dense head where all is probed."""
-    for module in (decode, flash_head):
+    for module in (decode, flash_head, tuner):
         monkeypatch.setattr(module, "prefers_dense", lambda *_: False)
 
 
 @pytest.fixture
 def counted(monkeypatch):
     """How often candidates were drawn, and the sizes of the batches."""
-    sizes, draw = [], decode.draw
+    sizes, draw = [], masking.draw
 
     def counting(head, settings, h, *args):
         sizes.append(len(h))
         return draw(head, settings, h, *args)
 
-    monkeypatch.setattr(decode, "draw", counting)
+    monkeypatch.setattr(masking, "draw", counting)
     return sizes
 
 

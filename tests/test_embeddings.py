@@ -9,7 +9,7 @@ import pytest
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from mlx_flashhead import load, unpatch, verification
-from mlx_flashhead.integration import decode
+from mlx_flashhead.integration import masking
 
 generate = importlib.import_module("mlx_lm.generate")
 PROMPT = mx.array([84, 104, 101, 32, 113, 117, 105, 99, 107])
@@ -70,13 +70,13 @@ def test_sampled_texts_depend_on_the_seed_alone(untied_folder):
 def test_approximate_texts_are_drawn_among_candidates(
     untied_folder, monkeypatch, options
 ):
-    drawn, draw = [], decode.draw
+    drawn, draw = [], masking.draw
 
     def counting(head, settings, h, *rest):
         drawn.append(len(h))
         return draw(head, settings, h, *rest)
 
-    monkeypatch.setattr(decode, "draw", counting)
+    monkeypatch.setattr(masking, "draw", counting)
     model, _ = load(untied_folder, n_probes=90, exact=False)
     text = written(model, **options)
     assert len(drawn) >= N and set(drawn) == {1}

@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # A room imports those before it. ``load`` stands by itself: measuring needs it.
 ROOMS = (
-    *("compute", "kernels", "head", "sampling", "folder", "integration", "load"),
+    *("compute", "kernels", "head", "sampling", "folder", "tuning"),
+    *("integration", "load"),
     *("evaluation", "convert", "benchmarking", "commands"),
 )
 

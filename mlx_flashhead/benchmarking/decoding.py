@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -72,6 +72,7 @@ def run(
     sampler: Sampler,
     max_tokens: int,
     parameter_bytes: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Run:
     """Decode ``max_tokens`` tokens of each sequence, whatever they are.
 
@@ -82,6 +83,7 @@ def run(
         max_tokens: Tokens per sequence, at least 2.
         parameter_bytes: What the model's parameters take, for the peak: other
             parameters may be in memory, too.
+        clock: Gives the time, in seconds.
 
     Raises:
         RuntimeError: A sequence of a batch made no token.
@@ -92,10 +94,10 @@ def run(
     mx.reset_peak_memory()
     resident = mx.get_active_memory()
     with _generate.wired_limit(model), verification() as verified:
-        begin = time.perf_counter()
+        begin = clock()
         times = []
         for _ in steps(model, prompts, sampler, max_tokens):
-            times.append(time.perf_counter())
+            times.append(clock())
             if len(times) == max_tokens:
                 break
         # The step that was begun beyond the last token.

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from ..folder.section import Draft
 from ..head import FlashHead
-
-
-def kept(acceptance: float, k: int) -> float:
-    """Tokens that stand of k steps of the body, if misses fall independently: the
-    first draft of another choice is put right, and what follows it is thrown away."""
-    return sum(acceptance**i for i in range(k))
+from ..tuning import kept
 
 
 def bytes_per_token(

@@ -52,7 +52,7 @@ def remembered(files: Sequence[Path], what: str, compute: Callable[[], str]) -> 
     settled = time.time() - max(s[4] for s in state) / 1e9 > _UNSETTLED
     if settled and _state(files) == state:
         with contextlib.suppress(OSError):
-            _write(entry, json.dumps({"state": state, "value": value}))
+            write(entry, json.dumps({"state": state, "value": value}))
     return value
 
 
@@ -77,8 +77,8 @@ def _state(files: Sequence[Path]) -> list[list[int]]:
     ]
 
 
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all, whoever else writes it."""
+def write(file: Path, text: str) -> None:
+    """Write a file of the cache whole or not at all, whoever else writes it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent)
     try:

@@ -1,8 +1,8 @@
-"""When the dense product takes less time than retrieval.
+"""When the dense product is expected to take less time than retrieval, before anything
+is measured on the device at hand (:mod:`mlx_flashhead.tuning`).
 
 The constants are measurements on one GPU, an NVIDIA H200 (benchmarks/kernels.py, four
-shapes of models), and decide for other GPUs, Apple's included, until those are
-measured.
+shapes of models). Other GPUs may differ, Apple's included.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ H200_BREAK_EVEN_SORTED = 2.5
 
 
 def prefers_dense(head: FlashHead, n_states: int, sorts: bool = False) -> bool:
-    """Whether the dense product is expected to take less time than retrieval.
+    """Whether the dense product is expected to take less time than retrieval, where
+    that was not measured.
 
     Args:
         head: The head.

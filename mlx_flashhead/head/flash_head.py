@@ -9,6 +9,7 @@ mass (``masses.py``), and each token of the vocabulary has a logit.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Sequence
@@ -202,6 +203,12 @@ class FlashHead(nn.Module):
     def centroid_bias(self) -> mx.array | None:
         """Mean bias of each cluster's tokens, float32 ``[C]``, where there is one."""
         return self.get("_centroid_bias")
+
+    def probing(self, n_probes: int) -> FlashHead:
+        """The same head, its arrays shared, with a number of probes of its own."""
+        twin = copy.copy(self)
+        twin.n_probes = n_probes
+        return twin
 
     def rows_read(self, batch_size: int = 1) -> int:
         """Rows, centroids included, that a decode step of a batch reads."""

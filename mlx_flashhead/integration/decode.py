@@ -31,6 +31,7 @@ from ..sampling import (
     masked,
 )
 from ..sampling.masks import TokenMask
+from ..tuning import KINDS, kind_of
 from .exact import ExactDecoder, LogitsProcessor, Sampler, Verified
 from .exact_batch import exact_step, leave, options_of
 from .grammar import Processors
@@ -38,7 +39,8 @@ from .keys import Keys
 from .locate import flash_slots
 from .masking import draw_allowed, log_probabilities
 from .samplers import read_sampler
-from .slots import FlashLinear, hidden_state, intercepted
+from .slots import FlashLinear, densely, hidden_state
+from .tuner import dense_is_faster, exact_decoder
 
 # A function of mlx-lm's.
 Step = Callable[..., Any]
@@ -114,6 +116,21 @@ def read_request(
 
 
 _Drawn = masked.Choice | Drawn
+
+
+class _DenseStandIn:
+    """Stands in for a model that decodes with the dense head where that is faster."""
+
+    def __init__(self, model: nn.Module, head: FlashHead):
+        self._model = model
+        self._head = head
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        with densely(self._head):
+            return self._model(*args, **kwargs)
 
 
 class _Turn:
@@ -230,14 +247,17 @@ def generate_step(stock: Step) -> Step:
             yield from exact_generate_step(stock, slot, prompt, model, *args, **kwargs)
             return
         request = read_request(model, *options)
-        if request is None or prefers_dense(request[0].head, 1, request[1].sorts):
+        embeddings = kwargs.get("input_embeddings")
+        if request is None:
             yield from stock(prompt, model, *args, **kwargs)
             return
         slot, settings, read = request
+        if embeddings is None and dense_is_faster(slot, model, settings, options[0], 1):
+            yield from stock(prompt, _DenseStandIn(model, slot.head), *args, **kwargs)
+            return
         turn = _Turn(None)
         drawn: deque[_Drawn | None] = deque()
         turn.on_sample = drawn.append
-        embeddings = kwargs.get("input_embeddings")
         stand_in = _StandIn(
             turn,
             model,
@@ -281,7 +301,7 @@ def exact_generate_step(
         yield from stock(prompt, model, *args, **kwargs)
         return
     processors = kwargs.get("logits_processors") or []
-    decoder = ExactDecoder(slot, model, kwargs.get("sampler"), processors)
+    decoder = exact_decoder(slot, model, kwargs.get("sampler"), processors)
     stand_in = _ExactStandIn(stock, decoder, model, prompt, kwargs)
     kwargs.update(sampler=stand_in.sampler, logits_processors=None)
     steps = stock(prompt, stand_in, *args, **kwargs)
@@ -362,7 +382,7 @@ class _ExactStandIn:
 
     def sampler(self, logits: mx.array) -> mx.array:
         """The token that was found last."""
-        return mx.array([self.verified[-1].token], dtype=mx.uint32)
+        return self.verified[-1].ids
 
 
 def speculative_generate_step(stock: Step) -> Step:
@@ -433,9 +453,12 @@ def batch_step(stock: Step) -> Step:
         if slot.decoding != "approximate":
             return stock(self)  # the slot answers densely
         options = [options_of(self, e) for e in range(len(self.uids))]
-        drawing = batch_draw(slot, options)
+        drawing = batch_draw(slot, options, self.model)
         if drawing is None:
-            return stock(self)
+            if not fits(head, Settings()):
+                return stock(self)
+            with densely(head):
+                return stock(self)
         self._current_tokens = inputs = self._next_tokens
         self._current_logprobs = self._next_logprobs
         h = hidden_state(head, self.model, inputs[:, None], cache=self.prompt_cache)
@@ -476,12 +499,34 @@ class _Request:
         return cls(sampler, read.all, settings, read.readable, read.masks)
 
 
-def batch_draw(slot: FlashLinear, options: Sequence[Options]) -> BatchDraw | None:
+def _dense_is_faster(
+    slot: FlashLinear, model: nn.Module | None, requests: list[_Request]
+) -> bool:
+    """As :func:`.tuner.dense_is_faster`, by the sequence that takes longest densely."""
+    settings: Settings = Settings()
+    sampler = None
+    for request in requests:
+        own = request.settings
+        if own is not None and fits(slot.head, own) and _rank(own) > _rank(settings):
+            settings, sampler = own, request.sampler
+    if model is None:
+        return prefers_dense(slot.head, len(requests), settings.sorts)
+    return dense_is_faster(slot, model, settings, sampler, len(requests))
+
+
+def _rank(settings: Settings) -> int:
+    return KINDS.index(kind_of(settings))
+
+
+def batch_draw(
+    slot: FlashLinear, options: Sequence[Options], model: nn.Module | None = None
+) -> BatchDraw | None:
     """How the tokens of a batch are drawn among candidates.
 
     Args:
         slot: Where the model's head stood.
         options: Sampler and logits processors of each sequence.
+        model: The model, where its steps may be measured.
 
     Returns:
         A function of hidden states ``[B, D]``, keys and, by the number of their
@@ -491,8 +536,7 @@ def batch_draw(slot: FlashLinear, options: Sequence[Options]) -> BatchDraw | Non
     """
     head = slot.head
     requests = [_Request.read(one, head.vocab_size) for one in options]
-    sorts = any(r.settings is not None and r.settings.sorts for r in requests)
-    if not fits(head, Settings()) or prefers_dense(head, len(requests), sorts):
+    if not fits(head, Settings()) or _dense_is_faster(slot, model, requests):
         return None
     return partial(_draw_batch, slot, requests)
 
@@ -551,7 +595,7 @@ def exact(stock: Step) -> Step:
         head = head_of(getattr(first, "_model", first))
         if head is None:
             return stock(first, *args, **kwargs)
-        with intercepted(head, lambda x: head.dense(x).astype(x.dtype)):
+        with densely(head):
             return stock(first, *args, **kwargs)
 
     return scored

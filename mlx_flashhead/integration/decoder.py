@@ -18,6 +18,7 @@ from .exact import ExactDecoder, LogitsProcessor, Sampler
 from .keys import Keys
 from .masking import draw_allowed
 from .slots import FlashLinear, hidden_state
+from .tuner import exact_decoder
 
 GREEDY = Settings()
 # Tokens of a prompt that the model is given at once.
@@ -142,10 +143,10 @@ class Decoder:
         self._processors = logits_processors
         self._context = mx.zeros((0,), mx.uint32)
         self._keys = Keys(model)
-        self._latest: int | None = None  # what the exact decoder said
+        self._latest: mx.array | None = None  # what the exact decoder said
         self._exact: ExactDecoder | None = None
         if slot.exact and slot.head.transform is not None:
-            self._exact = ExactDecoder(slot, model, sampler, logits_processors)
+            self._exact = exact_decoder(slot, model, sampler, logits_processors)
         self._request = read_request(model, sampler, logits_processors)
         request = self._request
         if request and prefers_dense(request[0].head, 1, request[1].sorts):
@@ -165,7 +166,9 @@ class Decoder:
         given = given.astype(mx.uint32).reshape(-1)
         if not given.size:
             raise ValueError("step needs at least one token: the prompt, at first")
-        if self._exact is not None and given.tolist() != [self._latest]:
+        if self._exact is not None and (
+            self._latest is None or given.tolist() != self._latest.tolist()
+        ):
             self._exact.restart()
         if self._processors:
             self._context = mx.concatenate([self._context, given])
@@ -178,8 +181,7 @@ class Decoder:
     def _next(self, token: mx.array) -> Sampled:
         if self._exact is not None:
             found = self._exact.next(token, self.cache, self._context, 1 << 62)
-            self._latest = found.token
-            latest = mx.array([found.token], mx.uint32)
+            self._latest = latest = found.ids
             return Sampled(latest, found.logprobs[latest].astype(mx.float32))
         if self._request is not None:
             slot, settings, read = self._request

@@ -6,6 +6,7 @@ says what the dense head would have chosen at each position. What comes out is t
 head's choice in any case; up to the first difference the draft has saved the dense
 product's time, and what follows it is undone in the prompt cache. The body runs once
 for each drafted token, as it would anyway: only steps after a difference are wasted.
+Where that does not pay, nothing is drafted, and nothing waits for the device.
 
 mlx-lm's own loop stays in charge: it asks for one token after another, and is answered
 from what is verified already.
@@ -22,9 +23,10 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from ..head import prefers_dense
+from ..head import FlashHead, prefers_dense
 from ..sampling import Processor, Settings, coupled, dense_logprobs, draw, fits
-from ..sampling.draw import known_transform
+from ..sampling.draw import known_transform, rules_of
+from ..tuning import Watch
 from .grammar import Processors
 from .keys import Keys
 from .masking import MaskedChunk
@@ -89,11 +91,19 @@ def verification() -> Iterator[Verification]:
 
 @dataclass(frozen=True)
 class Verified:
-    """A token that the dense head chose, and its log-probabilities over the whole
-    vocabulary, ``[V]``, computed when they are looked at."""
+    """A token that the dense head chose, an array ``[1]`` where the device may still be
+    at work on it; and its log-probabilities over the whole vocabulary, ``[V]``,
+    computed when they are looked at."""
 
-    token: int
+    token: int | mx.array
     logprobs: mx.array
+
+    @property
+    def ids(self) -> mx.array:
+        """The token, uint32 ``[1]``."""
+        if isinstance(self.token, mx.array):
+            return self.token.astype(mx.uint32)
+        return mx.array([self.token], dtype=mx.uint32)
 
 
 class ExactDecoder:
@@ -108,6 +118,7 @@ class ExactDecoder:
         seed: Of the keys; ``None`` leaves it to MLX's generator.
         position: Of the first token that is chosen, for its key.
         settings: Those of the sampler, where they cannot be read.
+        watch: Says how to draft; by default as the slot is set to.
     """
 
     def __init__(
@@ -120,6 +131,7 @@ class ExactDecoder:
         seed: int | None = None,
         position: int = 0,
         settings: Settings | None = None,
+        watch: Watch | None = None,
     ):
         self.slot, self.head, self.model = slot, slot.head, model
         self.sampler: Sampler = sampler or (lambda x: mx.argmax(x, axis=-1))
@@ -131,9 +143,8 @@ class ExactDecoder:
         self.settings: Settings | None = settings or read_sampler(sampler)
         self.readable: list[Processor] | None = read.readable
         self.keys = Keys(model, seed)
-        self.longest = slot.verify_every
+        self.watch = watch or Watch(self.head.n_probes, slot.verify_every)
         self.count = _verification.get() or Verification()
-        self._size = 1
         self._ahead: deque[Verified] = deque()
         self._due: deque[Verified] = deque()  # the same, once their steps are undone
         self._rollback: Rollback | None = None
@@ -146,12 +157,13 @@ class ExactDecoder:
         return self.settings is not None and self.readable is not None
 
     def drafts(self, cache: Any) -> bool:
-        """Whether FlashHead can draft for these settings, saves time, and what it
+        """Whether FlashHead can draft for these settings, may save time, and what it
         drafts can be undone in this prompt cache."""
         settings = self.settings or Settings()
+        measured = self.watch.times is not None
         return (
             fits(self.head, settings)
-            and not prefers_dense(self.head, 1)
+            and (measured or not prefers_dense(self.head, 1))
             and cache is not None
             and supported(cache)
         )
@@ -230,11 +242,15 @@ class ExactDecoder:
         **options: Any,
     ) -> None:
         """Draft and verify a chunk that begins with ``token``."""
-        size = max(1, min(self._size, at_most, self.longest))
+        plan = self.watch.next()
+        size = max(1, min(plan.verify_every, at_most))
         if size > 1 and not self.drafts(cache):
             size = 1
-        self._size = min(2 * self._size, self.longest)
         self._rollback = None
+        if size == 1 and not self.masks:
+            self._found([self.choose(token, cache, context, **options)], 1)
+            return
+        head = self.slot.probing(plan.n_probes)
         if size > 1:
             self._rollback = Rollback(cache)
             self._rollback.mark()
@@ -243,7 +259,7 @@ class ExactDecoder:
         masks = None
         if self.masks:
             stops = self.slot.stop_tokens
-            masks = MaskedChunk(self.head, self.masks, context, stops)
+            masks = MaskedChunk(head, self.masks, context, stops)
         while True:
             if self._rollback is not None:
                 self._rollback.step()
@@ -258,11 +274,41 @@ class ExactDecoder:
                     break
             if len(states) == size or self._ends(tokens):
                 break
-            tokens.append(self._draft(states[-1], context, tokens, masks))
+            tokens.append(self.draft(head, states[-1], context, tokens, masks))
             mx.async_eval(tokens[-1])
         if masks is not None and self.known and masks.undecided:
-            self._draft(states[-1], context, tokens, masks)
-        self._verify(states, tokens, context, masks)
+            self.draft(head, states[-1], context, tokens, masks)
+        chosen = self.verify(states, tokens, context, masks)
+        n_drafted = min(len(chosen), len(tokens) - 1)
+        n_accepted = n_drafted - (len(chosen) < len(states))
+        self.watch.saw(plan.n_probes, n_drafted, n_accepted)
+        self.count.drafted += n_drafted
+        self.count.accepted += n_accepted
+        self._found(chosen, len(states))
+
+    def _found(self, chosen: list[Verified], n_steps: int) -> None:
+        self.count.steps += n_steps
+        self.count.tokens += len(chosen)
+        self.count.verifications += 1
+        self._position += len(chosen)
+        self._ahead.extend(chosen)
+
+    def choose(
+        self, token: mx.array, cache: Any, context: mx.array, **options: Any
+    ) -> Verified:
+        """What follows ``token [1]``, by a dense product of its own, as :meth:`next` is
+        given it. As in mlx-lm's own steps nothing waits for the device, unless a filter
+        may keep more than is looked at first."""
+        head = self.head
+        h = hidden_state(head, self.model, token[None], cache=cache, **options)[:, -1]
+        logits = known_transform(head)(head.clustered(h))
+        if self.settings is None or self.readable is None:
+            logprobs = self.logprobs(logits, context)
+            return Verified(self.sampler(logprobs), logprobs[0])
+        if self.readable:
+            logits = coupled.process(head, self.readable, context, logits)
+        drawn = certainly(head, self.settings, logits, self.key[None])
+        return Verified(drawn, dense_logprobs(head, logits)[0])
 
     def _ends(self, tokens: list[mx.array]) -> bool:
         """Whether the last draft but one ends the text: the device works on the last
@@ -270,13 +316,16 @@ class ExactDecoder:
         stops = self.slot.stop_tokens
         return bool(stops) and len(tokens) > 2 and tokens[-2].item() in stops
 
-    def _draft(
+    def draft(
         self,
+        head: FlashHead,
         h: mx.array,
         context: mx.array,
         tokens: list[mx.array],
-        masks: MaskedChunk | None,
+        masks: MaskedChunk | None = None,
     ) -> mx.array:
+        """What is drafted after ``tokens``, a chunk's so far, ``[1]`` each, and the
+        hidden state ``h [1, D]``."""
         # Of a sampler that is not known the likeliest token is the best guess.
         settings, readable = self.settings or Settings(), self.readable or []
         key = self._key(len(tokens) - 1)
@@ -284,19 +333,27 @@ class ExactDecoder:
             return masks.draft(settings, h, key, readable)
         if readable:
             context = mx.concatenate([context, *tokens[1:]])
-        return draw(self.head, settings, h, key, readable, context).tokens
+        return draw(head, settings, h, key, readable, context).tokens
 
     def _key(self, i: int) -> mx.array:
         return self.keys.at(self._position + i, self.settings or Settings())
 
-    def _verify(
+    def verify(
         self,
         states: list[mx.array],
         tokens: list[mx.array],
         context: mx.array,
-        masks: MaskedChunk | None,
-    ) -> None:
-        """Choose as the dense head does, until it differs from the draft."""
+        masks: MaskedChunk | None = None,
+    ) -> list[Verified]:
+        """What the dense head chooses after each of a chunk's tokens, until it differs
+        from the draft.
+
+        Args:
+            states: What the head was given, k of ``[1, D]``.
+            tokens: The chunk, k tokens ``[1]``; all but the first are drafts.
+            context: The tokens before, the first one included, ``[n]``.
+            masks: What a grammar allows.
+        """
         sure = masks.sure if masks is not None and self.known else {}
         rows = [i for i in range(len(states)) if i not in sure]
         logits = None
@@ -304,18 +361,9 @@ class ExactDecoder:
             these = mx.concatenate([states[i] for i in rows])
             logits = known_transform(self.head)(self.head.clustered(these))
         if self.known:
-            chosen = self._choose_together(logits, tokens, context, masks)
-        else:
-            assert logits is not None  # nothing is sure
-            chosen = self._choose_in_turn(logits, tokens, context)
-        n_drafted = min(len(chosen), len(tokens) - 1)
-        self.count.steps += len(states)
-        self.count.tokens += len(chosen)
-        self.count.verifications += 1
-        self.count.drafted += n_drafted
-        self.count.accepted += n_drafted - (len(chosen) < len(states))
-        self._position += len(chosen)
-        self._ahead.extend(chosen)
+            return self._choose_together(logits, tokens, context, masks)
+        assert logits is not None  # nothing is sure
+        return self._choose_in_turn(logits, tokens, context)
 
     def _choose_together(
         self,
@@ -403,6 +451,23 @@ class ExactDecoder:
         for processor in self.processors if len(context) else ():
             row = processor(context, row)
         return row - mx.logsumexp(row, axis=-1, keepdims=True)
+
+
+def certainly(
+    head: FlashHead, settings: Settings, logits: mx.array, keys: mx.array
+) -> mx.array:
+    """Tokens ``[k]`` that the dense head draws, each a function of its key alone.
+
+    Args:
+        head: The head.
+        settings: How to draw.
+        logits: All logits of each position, in cluster order, ``[k, V]``.
+        keys: Key of each position, uint32 ``[k, 2]``.
+    """
+    drawn = coupled.draw(head, settings, logits, keys)
+    if rules_of(settings) is None or drawn.certain.all().item():
+        return drawn.tokens
+    return coupled.draw(head, settings, logits, keys, head.n_clusters).tokens
 
 
 def _value(token: mx.array) -> int:

@@ -19,13 +19,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..head import FlashHead
-from ..sampling import Settings, coupled, dense_logprobs
+from ..sampling import coupled, dense_logprobs
 from ..sampling.draw import known_transform
 from ..sampling.masks import allowed
-from .exact import ExactDecoder, LogitsProcessor, Sampler
+from .exact import ExactDecoder, LogitsProcessor, Sampler, certainly
 from .masking import values
 from .slots import FlashLinear, hidden_state
+from .tuner import exact_decoder
 
 # A token [1], and its lazy log-probabilities [V].
 Choice = tuple[mx.array, mx.array]
@@ -92,14 +92,14 @@ def decoders_of(batch: Any) -> dict[int, ExactDecoder]:
 def _decoder(batch: Any, slot: FlashLinear, e: int) -> ExactDecoder:
     decoders, uid = decoders_of(batch), batch.uids[e]
     if uid not in decoders:
-        decoders[uid] = ExactDecoder(slot, batch.model, *options_of(batch, e))
+        decoders[uid] = exact_decoder(slot, batch.model, *options_of(batch, e))
     return decoders[uid]
 
 
 def _alone(batch: Any, decoder: ExactDecoder, context: mx.array) -> Choice:
     left = batch.max_tokens[0] - batch._num_tokens[0]
     found = decoder.next(batch._next_tokens, batch.prompt_cache, context, left)
-    return mx.array([found.token], dtype=mx.uint32), found.logprobs
+    return found.ids, found.logprobs
 
 
 def _together(
@@ -116,7 +116,7 @@ def _together(
     choices: dict[int, Choice] = {}
     for e, decoder in enumerate(decoders):
         if (due := decoder.due) is not None:
-            choices[e] = mx.array([due.token], dtype=mx.uint32), due.logprobs
+            choices[e] = due.ids, due.logprobs
     rows = [e for e in range(len(decoders)) if e not in choices]
     if rows:
         states = h[mx.array(rows)] if choices else h
@@ -161,20 +161,10 @@ def _choose(
             if decoder.readable:
                 own = coupled.process(head, decoder.readable, context, own)
             keys = mx.stack([decoders[i].key for i in rows])
-            drawn = _draw(head, decoder.settings, own, keys)
+            drawn = certainly(head, decoder.settings, own, keys)
             lazy = [*dense_logprobs(head, own)]
         choices.update(zip(rows, zip(_rows(drawn), lazy, strict=True), strict=True))
     return [choices[i] for i in range(len(decoders))]
-
-
-def _draw(
-    head: FlashHead, settings: Settings, logits: mx.array, keys: mx.array
-) -> mx.array:
-    """Tokens ``[B]``, each a function of its sequence's key alone."""
-    drawn = coupled.draw(head, settings, logits, keys)
-    if drawn.certain.all().item():
-        return drawn.tokens
-    return coupled.draw(head, settings, logits, keys, head.n_clusters).tokens
 
 
 def _rows(tokens: mx.array) -> list[mx.array]:

@@ -43,7 +43,7 @@ from .locate import (
     resolve_path,
     twins,
 )
-from .slots import Decoding, FlashLinear
+from .slots import Decoding, FlashLinear, Origin
 
 # What mlx-lm downloads of a model, where no constant of its own says so (before 0.32).
 _PATTERNS = [
@@ -102,6 +102,7 @@ def load_model(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    tune: bool = True,
     flashhead: str | Path | None = None,
     **kwargs: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -116,6 +117,8 @@ def load_model(
             mlx-lm.
         exact: Whether FlashHead drafts and the dense head verifies.
         verify_every: Tokens that are verified at once, instead of the stored number.
+        tune: Whether the head may be measured when it is first used, and decode as is
+            fastest here.
         flashhead: As :func:`find_flashhead` takes it, instead of the folder's own.
         args, kwargs: For ``stock``.
 
@@ -146,6 +149,7 @@ def load_model(
                 decoding,
                 n_probes=n_probes,
                 verify_every=verify_every,
+                tune=tune,
                 stop_tokens=stop_tokens_of(config),
                 model_folder=model_path,
             )
@@ -219,6 +223,7 @@ def install(
     *,
     n_probes: int | None = None,
     verify_every: int | None = None,
+    tune: bool = False,
     stop_tokens: frozenset[int] = frozenset(),
     model_folder: str | Path | None = None,
 ) -> nn.Module:
@@ -231,6 +236,7 @@ def install(
             those that the section's draft names, so that what is decoded is what the
             model itself decodes.
         n_probes, verify_every: Instead of the stored numbers.
+        tune: Whether it may be measured.
         stop_tokens: Tokens that end a text.
         model_folder: Where the model lies, if that is known: what is found of its
             files is remembered.
@@ -272,6 +278,7 @@ def install(
     for slot in flash_slots(model):
         slot.decoding, slot.stop_tokens = decoding, stop_tokens
         slot.verify_every = verify_every or draft.verify_every
+        slot.origin = Origin(section.to_json()["sha256"], draft) if tune else None
     return for_device(model)
 
 

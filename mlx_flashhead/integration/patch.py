@@ -40,6 +40,7 @@ def patch(
     dense: bool = False,
     exact: bool = True,
     verify_every: int | None = None,
+    tune: bool = True,
     flashhead: str | None = None,
 ) -> None:
     """Make ``mlx_lm.load`` use the FlashHead of folders that have one, and mlx-lm's
@@ -66,6 +67,8 @@ def patch(
           the model's own. Otherwise they are drawn among FlashHead's candidates.
         verify_every: Tokens that are verified at once where it is exact, instead of
           the stored number.
+        tune: Whether a head is measured when it is first used, and decodes as is
+          fastest here; ``MLX_FLASHHEAD_TUNE=0`` turns it off, too.
         flashhead: The FlashHead of every model that is loaded, instead of their
           folders': a file, a folder that has one, or the Hugging Face id of either. A
           model that it was not made of is refused.
@@ -81,6 +84,7 @@ def patch(
         "dense": dense,
         "exact": exact,
         "verify_every": verify_every,
+        "tune": tune,
         "flashhead": flashhead,
     }
 

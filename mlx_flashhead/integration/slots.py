@@ -8,7 +8,7 @@ interception holds for one thread or task only, so that several can use one mode
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,10 +16,25 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..folder.section import Draft
 from ..head import FlashHead
 
 Decoding = Literal["approximate", "exact", "dense"]
 Answer = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What a head's folder says of it.
+
+    Attributes:
+        sha256: Digest of the folder's section.
+        draft: How exact decoding is to draft.
+    """
+
+    sha256: str
+    draft: Draft
+
 
 # Heads and what answers for them, the latest last.
 _interceptions: ContextVar[tuple[tuple[FlashHead, Answer], ...]] = ContextVar(
@@ -38,6 +53,12 @@ def intercepted(head: FlashHead, answer: Answer) -> Iterator[None]:
         _interceptions.reset(token)
 
 
+def densely(head: FlashHead) -> AbstractContextManager[None]:
+    """Context in which the slots of a head give exact logits, in the dtype of the
+    hidden states."""
+    return intercepted(head, lambda x: head.dense(x).astype(x.dtype))
+
+
 def hidden_state(
     head: FlashHead, model: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> mx.array:
@@ -51,6 +72,24 @@ def hidden_state(
     with intercepted(head, answer):
         model(*args, **kwargs)
     return states[-1]
+
+
+class _Probing:
+    """A head with other numbers of probes: always the same copy of it for each, whose
+    compiled steps are found again."""
+
+    def __init__(self, head: FlashHead):
+        self._head = head
+        self._twins: dict[int, FlashHead] = {}
+
+    def __call__(self, n_probes: int) -> FlashHead:
+        head = self._head
+        if n_probes == head.n_probes:
+            return head
+        twin = self._twins.get(n_probes)
+        if twin is None or twin.rows is not head.rows:
+            twin = self._twins[n_probes] = head.probing(n_probes)
+        return twin
 
 
 @dataclass(frozen=True)
@@ -104,6 +143,8 @@ class FlashLinear(nn.Module):
           first, the slot answers every call with the dense product.
         verify_every (int): Positions that exact decoding verifies at once.
         stop_tokens (frozenset[int]): Tokens that end a text.
+        origin (Origin, optional): The folder that it came from, whose head may be
+          measured; ``None`` decodes as it is set to.
       before (Before, optional): What to detach it to, where it was attached.
     """
 
@@ -119,6 +160,9 @@ class FlashLinear(nn.Module):
         self.decoding: Decoding = "approximate"
         self.verify_every = 1
         self.stop_tokens: frozenset[int] = frozenset()
+        self.origin: Origin | None = None
+        # Of a number of probes, the head that probes so many.
+        self.probing = _Probing(head)
         self.before: Before | None = None
 
     @property

@@ -292,7 +292,7 @@ class _Exact(_StandIn):
         self._verified.append(found)
 
     def sampler(self, logits: mx.array) -> mx.array:
-        return mx.array([self._verified[-1].token], dtype=mx.uint32)
+        return self._verified[-1].ids
 
     def logprobs(self, token: int) -> mx.array:
         if token in self._slot.stop_tokens:
