@@ -201,6 +201,7 @@ def host_rows(name: str, models: dict[str, nn.Module], sampler: str) -> list[lis
     rows = []
     for way in ("dense", "approximate", "exact"):
         model = models[way]
+        head = head_of(model)
         cache = make_prompt_cache(model)
         keys = Keys()
 
@@ -209,15 +210,13 @@ def host_rows(name: str, models: dict[str, nn.Module], sampler: str) -> list[lis
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
             return [sample(logprobs), logprobs]
 
-        def drawn(token: mx.array, model=model, cache=cache, keys=keys):
-            head = head_of(model)
+        def drawn(token: mx.array, model=model, head=head, cache=cache, keys=keys):
             h = hidden_state(head, model, token[None], cache=cache)[:, -1]
             return [draw(head, settings, h, keys.next(settings)).tokens]
 
         step = dense if way == "dense" else drawn
         what = "a draft" if way == "exact" else way
         rows.append([name, sampler, what, *host(step, mx.array([7]))])
-    head = head_of(models["exact"])
     keys = mx.random.split(mx.random.key(0), 16)
 
     def verification(states: mx.array) -> list[mx.array]:

@@ -258,7 +258,7 @@ def test_an_unknown_sampler_draws_what_it_does_in_stock_mlx_lm_with_gemma(large)
 # ---- what would be wrong -----------------------------------------------------------
 
 
-def careless(self, logits, drafts, context):
+def careless(self, logits, drafts, context, masks):
     """A verification that accepts every draft."""
     last = coupled.draw(self.head, Settings(), logits[-1:], self._key(0)[None]).tokens
     chosen = [draft.item() for draft in drafts[1:]] + last.tolist()

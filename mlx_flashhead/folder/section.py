@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -303,7 +304,9 @@ def _check(values: Mapping[str, Any]) -> None:
     c, m, v = (values[k] for k in ("n_clusters", "cluster_size", "vocab_size"))
     _require(0 <= c * m - v < m, f"{c} clusters of {m} do not hold {v} tokens")
     _require(values["n_probes"] <= c, f"n_probes is {values['n_probes']}")
-    _require(isinstance(values.get("head_path"), str), "head_path is no name")
+    path = values.get("head_path")
+    named = isinstance(path, str) and re.fullmatch(r"\w+(\.\w+)*", path)
+    _require(bool(named), f"head_path is {path!r:.80}, no name")
     for key in ("temperatures", "tail_offset"):
         value: Any = values.get(key)
         real = isinstance(value, list) and all(map(_is_real, value))

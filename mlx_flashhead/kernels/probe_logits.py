@@ -341,14 +341,16 @@ def _exact(rows: Rows, probes: mx.array) -> mx.array:
 
     if rows.scales is None or rows.biases is None:
         return x @ probed_rows(rows.weight).swapaxes(-1, -2)
+    weight, scales, biases = map(probed_rows, (rows.weight, rows.scales, rows.biases))
+    bits, group_size = rows.bits, rows.group_size
+    if mx.default_device().type == mx.DeviceType.gpu:
+        # On CUDA, MLX 0.32.4's product of these was zeros for some sizes.
+        unpacked = mx.dequantize(
+            weight, scales, biases, group_size=group_size, bits=bits
+        )
+        return x @ unpacked.swapaxes(-1, -2)
     return mx.quantized_matmul(
-        x,
-        probed_rows(rows.weight),
-        probed_rows(rows.scales),
-        probed_rows(rows.biases),
-        transpose=True,
-        group_size=rows.group_size,
-        bits=rows.bits,
+        *(x, weight, scales, biases), transpose=True, group_size=group_size, bits=bits
     )
 
 

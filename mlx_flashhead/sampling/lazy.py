@@ -183,10 +183,13 @@ class Decoded:
 
     @cached_property
     def tokens(self) -> list[int]:
-        """Those that were drawn; empty where the draw's log-probabilities are rounded
-        otherwise."""
-        drawn = self._drawn
-        return cast(list[int], drawn.tokens.tolist()) if drawn.edits is None else []
+        """Those that were drawn; empty where the draw's log-probabilities are not quite
+        those of :func:`logprobs`: it rounds edited logits otherwise, and knows of no
+        cap where it adds up what was not scored."""
+        drawn, transform = self._drawn, known_transform(self.head)
+        if drawn.edits is not None or transform.softcap:
+            return []
+        return cast(list[int], drawn.tokens.tolist())
 
     @property
     def logprob(self) -> mx.array:
