@@ -147,12 +147,13 @@ class LLGuidanceMask(GrammarMask):
             raise ImportError(
                 "LLGuidanceMask needs llguidance: install mlx-flashhead[grammar]"
             ) from e
+        made: Any = grammar
         if isinstance(grammar, dict):
-            grammar = LLMatcher.grammar_from_json_schema(grammar)
+            made = LLMatcher.grammar_from_json_schema(grammar)
         of_tokens = _ll_tokenizer(tokenizer)
-        if problem := LLMatcher.validate_grammar(grammar, of_tokens):
+        if problem := LLMatcher.validate_grammar(made, of_tokens):
             raise ValueError(f"the grammar cannot be used: {_line(problem)}")
-        super().__init__(lambda: _LLGuidance(of_tokens, grammar))
+        super().__init__(lambda: _LLGuidance(of_tokens, made))
 
 
 class _LLGuidance:
