@@ -22,8 +22,7 @@ from mlx_flashhead import load
 from mlx_flashhead.evaluation.fidelity import measure
 from mlx_flashhead.evaluation.states import hidden_states
 from mlx_flashhead.folder.section import read_section
-from mlx_flashhead.integration.decode import head_of
-from mlx_flashhead.integration.locate import get_module, head_table
+from mlx_flashhead.integration.locate import get_module, head_of, head_table
 
 # Draws of p clusters over which the paper's scheme is averaged.
 N_DRAWS = 64

@@ -30,8 +30,7 @@ from mlx_flashhead import load
 from mlx_flashhead.evaluation.states import hidden_states
 from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.head import FlashHead
-from mlx_flashhead.integration.decode import head_of
-from mlx_flashhead.integration.locate import get_module
+from mlx_flashhead.integration.locate import get_module, head_of
 from mlx_flashhead.kernels import Noise
 from mlx_flashhead.sampling import Settings, coupled
 from mlx_flashhead.sampling.draw import known_transform

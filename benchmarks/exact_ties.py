@@ -32,8 +32,7 @@ from mlx_flashhead.compute.table import Table
 from mlx_flashhead.evaluation.states import hidden_states
 from mlx_flashhead.folder.section import read_section
 from mlx_flashhead.head import FlashHead
-from mlx_flashhead.integration.decode import head_of
-from mlx_flashhead.integration.locate import get_module, head_table
+from mlx_flashhead.integration.locate import get_module, head_of, head_table
 from mlx_flashhead.sampling import Settings, coupled
 
 PASSAGES = Path(__file__).parents[1] / "tests/data/passages.jsonl"

@@ -26,9 +26,8 @@ from mlx_flashhead import patch_decoding, unpatch, verification
 from mlx_flashhead.benchmarking.report import markdown_table
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.head import FlashHead
-from mlx_flashhead.integration.decode import head_of
 from mlx_flashhead.integration.keys import Keys
-from mlx_flashhead.integration.locate import place
+from mlx_flashhead.integration.locate import head_of, place
 from mlx_flashhead.integration.samplers import read_sampler
 from mlx_flashhead.integration.slots import FlashLinear, hidden_state
 from mlx_flashhead.kernels import doctor

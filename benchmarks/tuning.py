@@ -38,7 +38,7 @@ from mlx_flashhead.benchmarking import decoding
 from mlx_flashhead.benchmarking.report import markdown_table
 from mlx_flashhead.compute.device import on_gpu
 from mlx_flashhead.folder.section import Draft
-from mlx_flashhead.integration.decode import slot_of
+from mlx_flashhead.integration.locate import slot_of
 from mlx_flashhead.integration.samplers import read_sampler
 from mlx_flashhead.integration.slots import FlashLinear, Origin
 from mlx_flashhead.integration.tuner import tuner_of

@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 from .benchmarking.report import markdown_table
 from .cli import check_exists, one_line_errors
 from .compute.device import blas_hint
-from .integration.decode import slot_of
+from .integration.locate import slot_of
 from .integration.samplers import read_sampler
 from .integration.slots import FlashLinear
 from .integration.tuner import tuner_of

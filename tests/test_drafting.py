@@ -16,7 +16,7 @@ from mlx_flashhead.compute.device import on_gpu
 from mlx_flashhead.evaluation import drafts
 from mlx_flashhead.evaluation.fidelity import measure
 from mlx_flashhead.folder.section import FormatError, Section, read_section
-from mlx_flashhead.integration.decode import slot_of
+from mlx_flashhead.integration.locate import slot_of
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ from versions import OLD_MLX_LM
 
 from mlx_flashhead import flash_heads, load, patch_decoding, unpatch
 from mlx_flashhead.integration import exact
-from mlx_flashhead.integration.decode import slot_of
 from mlx_flashhead.integration.exact import ExactDecoder, verification
+from mlx_flashhead.integration.locate import slot_of
 from mlx_flashhead.integration.samplers import read_sampler
 from mlx_flashhead.sampling import Settings, coupled, draw
 

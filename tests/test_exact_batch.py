@@ -19,8 +19,8 @@ from test_server import chat, complete, serving
 
 from mlx_flashhead import flash_heads, patch_decoding
 from mlx_flashhead.integration import exact, exact_batch
-from mlx_flashhead.integration.decode import slot_of
 from mlx_flashhead.integration.exact import verification
+from mlx_flashhead.integration.locate import slot_of
 
 generate = importlib.import_module("mlx_lm.generate")
 # So few are probed that drafts are often undone.

@@ -16,9 +16,9 @@ from real_models import PASSAGES
 
 from mlx_flashhead import flash_heads, load, patch_decoding, unpatch
 from mlx_flashhead.integration import exact, rollback
-from mlx_flashhead.integration.decode import slot_of
 from mlx_flashhead.integration.exact import ExactDecoder, verification
 from mlx_flashhead.integration.keys import Keys
+from mlx_flashhead.integration.locate import slot_of
 from mlx_flashhead.sampling import Settings, coupled, dense_logprobs
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -438,7 +438,7 @@ def test_nothing_is_asked_of_a_mask_at_the_end_of_a_text(untied_folder, exact):
 
     model, tokenizer = load(untied_folder, exact=exact, n_probes=20, verify_every=8)
     tokenizer.eos_token_ids = {77}
-    from mlx_flashhead.integration.decode import slot_of
+    from mlx_flashhead.integration.locate import slot_of
 
     slot_of(model).stop_tokens = frozenset([77])
     made = tokens(model, tokenizer, n=40, prompt=[1, 2, 3], logits_processors=[Ends()])

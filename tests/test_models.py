@@ -24,8 +24,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from small_models import CURRENT
 
 from mlx_flashhead import load, unpatch
-from mlx_flashhead.integration.decode import slot_of
 from mlx_flashhead.integration.exact import verification
+from mlx_flashhead.integration.locate import slot_of
 from mlx_flashhead.sampling import LogProbs
 
 # Not "from mlx_lm import generate": that name is a function's.

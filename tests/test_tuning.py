@@ -22,8 +22,8 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_flashhead import flash_heads, load, patch_decoding, unpatch, verification
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.folder.section import Draft
-from mlx_flashhead.integration import decode, tuner
-from mlx_flashhead.integration.decode import slot_of
+from mlx_flashhead.integration import batch, decode, tuner
+from mlx_flashhead.integration.locate import slot_of
 from mlx_flashhead.integration.slots import Origin
 from mlx_flashhead.integration.tuner import Tuner, tuner_of
 from mlx_flashhead.sampling import Settings
@@ -622,9 +622,9 @@ def test_batches_go_dense_from_the_size_that_was_measured(
         untied_folder, monkeypatch, times, "greedy, p 90", exact=False
     )
     sizes = []
-    draw = decode.draw_allowed
+    draw = batch.draw_allowed
     monkeypatch.setattr(
-        "mlx_flashhead.integration.decode.draw_allowed",
+        "mlx_flashhead.integration.batch.draw_allowed",
         lambda slot, settings, h, *rest: (
             sizes.append(len(h)) or draw(slot, settings, h, *rest)
         ),

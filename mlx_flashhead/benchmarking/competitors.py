@@ -18,7 +18,6 @@ from ..compute.table import Table
 from ..folder.section import has_section
 from ..head import FlashHead, prefers_dense
 from ..head.transform import Transform
-from ..integration.decode import slot_of
 from ..integration.loading import find_flashhead
 from ..integration.locate import (
     HeadNotFound,
@@ -29,6 +28,7 @@ from ..integration.locate import (
     head_table,
     is_tied,
     set_module,
+    slot_of,
     watching,
 )
 from ..integration.patch import stock_loader

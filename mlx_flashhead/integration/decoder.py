@@ -13,9 +13,10 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..head import FlashHead, prefers_dense
 from ..sampling import Drawn, Settings, coupled, draw, fits, split
 from ..sampling.draw import known_transform
-from .decode import read_request, slot_of
+from .decode import read_request
 from .exact import ExactDecoder, LogitsProcessor, Sampler
 from .keys import Keys
+from .locate import slot_of
 from .masking import draw_allowed
 from .slots import FlashLinear, hidden_state
 from .tuner import exact_decoder

@@ -271,6 +271,19 @@ def flash_slots(model: nn.Module) -> Iterator[FlashLinear]:
             yield module
 
 
+def slot_of(model: Any) -> FlashLinear | None:
+    """What stands in the place of a model's head, where that is a FlashHead."""
+    slots = flash_slots(model) if isinstance(model, nn.Module) else ()
+    of_heads = {id(slot.head): slot for slot in slots}  # one may stand at two places
+    return next(iter(of_heads.values())) if len(of_heads) == 1 else None
+
+
+def head_of(model: Any) -> FlashHead | None:
+    """The FlashHead of a model that has one."""
+    slot = slot_of(model)
+    return None if slot is None else slot.head
+
+
 def flash_heads(model: nn.Module) -> Iterator[FlashHead]:
     """The FlashHeads in a model, also within the embedding of a tied one; none in a
     model with a dense head. Set their ``n_probes`` to trade speed for fidelity."""

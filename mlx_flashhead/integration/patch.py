@@ -21,7 +21,7 @@ from typing import Any
 import mlx_lm
 from mlx_lm import utils
 
-from . import decode, exact_batch, loading, vlm
+from . import batch, decode, exact_batch, loading, vlm
 from .known import LOADING, decoding_changed
 
 # Not "from mlx_lm import generate": that name is a function's.
@@ -142,7 +142,7 @@ def patch_decoding() -> None:
     for owner, name, wrap in (
         (_generate, "generate_step", decode.generate_step),
         (_generate, "speculative_generate_step", decode.speculative_generate_step),
-        (_generate.GenerationBatch, "_step", decode.batch_step),
+        (_generate.GenerationBatch, "_step", batch.batch_step),
         (_generate.GenerationBatch, "extend", exact_batch.batch_extend),
         (_generate.GenerationBatch, "filter", exact_batch.batch_filter),
         (_generate.GenerationBatch, "extract_cache", exact_batch.batch_extract_cache),

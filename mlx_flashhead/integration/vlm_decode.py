@@ -26,9 +26,11 @@ from mlx_lm.sample_utils import make_sampler
 from ..head import FlashHead, prefers_dense
 from ..sampling import Drawn, Processor, Settings, Tempered, draw, drawn_logprobs, fits
 from . import exact_batch
-from .decode import Step, batch_draw, slot_of
+from .batch import batch_draw
+from .decode import Step
 from .exact import ExactDecoder, LogitsProcessor, Sampler, Verified
 from .keys import Keys
+from .locate import slot_of
 from .samplers import read_processors, read_sampler
 from .slots import FlashLinear, hidden_state
 
