@@ -354,6 +354,16 @@ def _exact(rows: Rows, probes: mx.array) -> mx.array:
     )
 
 
+# What the C library keeps for the next copy: larger ones it gives back to the system
+# each time, and the system's pages cost more than the products (glibc: 32 MB).
+_COPY_BYTES = 16 << 20
+
+
+def _at_once(rows: Rows, B: int) -> int:
+    """Clusters of B states whose copies are no larger than that."""
+    return max(1, _COPY_BYTES * len(rows.weight) // (rows.weight.nbytes * max(B, 1)))
+
+
 def _gathered(rows: Rows, probes: mx.array) -> mx.array:
     """Logits without a copy of the clusters, in the precision of x."""
     x = rows.x[:, None, None]
@@ -382,7 +392,11 @@ def reference(rows: Rows, probes: mx.array, exact: bool | None = None) -> mx.arr
     C, m = rows.weight.shape[:2]
     if exact is None:
         exact = mx.default_device().type != mx.DeviceType.gpu
-    logits = (_exact if exact else _gathered)(rows, probes)
+    if exact:
+        parts = mx.split(probes, range(0, p, _at_once(rows, B))[1:], axis=1)
+        logits = mx.concatenate([_exact(rows, part) for part in parts], axis=-1)
+    else:
+        logits = _gathered(rows, probes)
     logits = logits.astype(mx.float32).reshape(B, p, m)
     if rows.bias is not None:
         logits = logits + rows.bias[probes]
