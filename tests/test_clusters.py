@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_flashhead.convert import convert
+from mlx_flashhead.convert import answers, convert
 from mlx_flashhead.convert.clustering import cluster, directions
 from mlx_flashhead.convert.published import ClustersError, pack_clusters, read_clusters
 
@@ -172,8 +172,9 @@ def test_the_same_seed_gives_the_same():
     assert np.array_equal(*made)
 
 
-def test_conversion_with_published_clusters(untied_source, tmp_path):
-    """Of k-means as the authors', which leaves clusters of any size."""
+def test_conversion_with_published_clusters(untied_source, tmp_path, monkeypatch):
+    """Of k-means as the authors', which leaves clusters of any size. What answers are
+    drawn for calibration moves the KL by a fifth, so it is that of several."""
     weight = np.array(
         mx.load(str(untied_source / "model.safetensors"))["lm_head.weight"]
     )
@@ -189,7 +190,17 @@ def test_conversion_with_published_clusters(untied_source, tmp_path):
                      clusters=tmp_path / "assets", **options)  # fmt: skip
     plain = convert(str(untied_source), tmp_path / "plain", **options)
     assert theirs.recall > plain.recall - 0.03
-    assert theirs.kl < 1.5 * plain.kl + 0.02
+    kl = {"theirs": [theirs.kl], "plain": [plain.kl]}
+    draw = answers.draw
+    for shift in (0.2, 0.4, 0.6, 0.8):
+        monkeypatch.setattr(
+            answers, "draw", lambda z, u, shift=shift: draw(z, (u + shift) % 1)
+        )
+        for name, clusters in (("theirs", tmp_path / "assets"), ("plain", None)):
+            folder = tmp_path / f"{name}-{shift}"
+            made = convert(str(untied_source), folder, clusters=clusters, **options)
+            kl[name].append(made.kl)
+    assert np.mean(kl["theirs"]) < 1.3 * np.mean(kl["plain"]) + 0.01, kl
     assert read_section(tmp_path / "theirs").clusters == "assets"
     assert read_section(tmp_path / "plain").clusters is None
     (head,) = flash_heads(load(tmp_path / "theirs")[0])
