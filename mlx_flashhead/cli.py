@@ -91,3 +91,10 @@ class Listed(click.ParamType):  # type: ignore[type-arg]  # generic in new versi
         except ValueError as e:
             self.fail(f"{value!r}: {e}", param, ctx)
         return tuple(dict.fromkeys(values))
+
+
+flashhead_option = click.option(
+    "--flashhead",
+    help="A FlashHead of the model: its file, a folder or a Hugging Face id."
+    "  [default: the folder's own]",
+)

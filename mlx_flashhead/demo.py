@@ -10,7 +10,7 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
 from . import demo_model
-from .cli import one_line_errors
+from .cli import flashhead_option, one_line_errors
 from .compute.device import blas_hint
 from .folder.section import Section, read_section
 from .integration.exact import verification
@@ -30,11 +30,7 @@ PROMPT = "The history of the steam engine begins"
     default=True,
     help="Whether the dense head verifies what FlashHead drafts.",
 )
-@click.option(
-    "--flashhead",
-    help="A FlashHead of the model: its file, a folder or a Hugging Face id."
-    "  [default: the folder's own]",
-)
+@flashhead_option
 def main(
     model: str | None, prompt: str, max_tokens: int, exact: bool, flashhead: str | None
 ) -> None:

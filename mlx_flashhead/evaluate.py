@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from .cli import Listed, check_outputs, one_line_errors, write_whole
+from .cli import Listed, check_outputs, flashhead_option, one_line_errors, write_whole
 from .compute.device import blas_hint, disable_tf32
 from .evaluation.evaluate import MAX_TOKENS, TOKENS, evaluate, read_prompts
 from .evaluation.report import plot, table
@@ -57,11 +57,7 @@ from .evaluation.report import plot, table
     type=click.IntRange(min=1),
     help="Tokens that it verifies at once.  [default: the converted number]",
 )
-@click.option(
-    "--flashhead",
-    help="A FlashHead of the model: its file, a folder or a Hugging Face id."
-    "  [default: the folder's own]",
-)
+@flashhead_option
 @click.option("--json", "json_path", help="Write the figures here, too.")
 @click.option("--plot", "plot_path", help="Draw recall and KL against bytes here.")
 def main(
