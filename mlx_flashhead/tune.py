@@ -16,7 +16,7 @@ from .compute.device import blas_hint
 from .integration.locate import slot_of
 from .integration.samplers import read_sampler
 from .integration.slots import FlashLinear
-from .integration.tuner import tuner_of
+from .integration.tuner import tuner_of, watch
 from .kernels import doctor
 from .load import load
 from .sampling import Settings
@@ -31,7 +31,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 BATCH_SIZES = (1, 2, 4, 8, 16)
 
 
-def exact_table(times: dict[str, Times], acceptance: float) -> list[list[str]]:
+def exact_table(slot: FlashLinear, times: dict[str, Times]) -> list[list[str]]:
     """Milliseconds of exact decoding's steps, and of a token that stands, a column for
     each sampler."""
     cells = sorted({cell for some in times.values() for cell in some})
@@ -43,21 +43,25 @@ def exact_table(times: dict[str, Times], acceptance: float) -> list[list[str]]:
     rows = [[names[c.what].format(c.n)] for c in cells]
     for row, cell in zip(rows, cells):
         row += [_ms(some.get(cell)) for some in times.values()]
-    probes = [c.n for c in cells if c.what == "draft"]
-    for k in (c.n for c in cells if c.what == "verify"):
-        row = [f"a token, {probes[0]} probes, {k} at once"]
+    drafts, sizes = ([c.n for c in cells if c.what == w] for w in ("draft", "verify"))
+    stored = slot.head.n_probes, slot.verify_every
+    for p, k in [
+        (p, k) for p in drafts for k in sizes if stored[0] == p or stored[1] == k
+    ]:
+        row = [f"a token, {p} probes, {k} at once"]
         for some in times.values():
-            known = {Cell("draft", probes[0]), Cell("verify", k)} <= some.keys()
-            row.append(_ms(cost(some, probes[0], k, acceptance) if known else None))
+            known = {Cell("draft", p), Cell("verify", k)} <= some.keys()
+            stands = watch(slot, some).acceptance(p)
+            row.append(_ms(cost(some, p, k, stands) if known else None))
         rows.append(row)
     return [["ms", *times], *rows]
 
 
-def choices(times: dict[str, Times], acceptance: float) -> list[str]:
+def choices(slot: FlashLinear, times: dict[str, Times]) -> list[str]:
     """What is chosen for each sampler, in words."""
     found = []
     for name, some in times.items():
-        plan = cheapest(some, lambda _: acceptance)
+        plan = cheapest(some, watch(slot, some).acceptance)
         words = f"{plan.n_probes} probes, {plan.verify_every} at once"
         gain = some[Cell("dense", 1)] / plan.seconds
         how = "dense" if plan.dense else f"{words}: {gain:.2f} times dense"
@@ -105,7 +109,7 @@ def measured(
     if not found:
         return found, []
     if slot.exact:
-        return found, exact_table(found, slot.origin.draft.acceptance)
+        return found, exact_table(slot, found)
     return found, batch_table(found)
 
 
@@ -163,9 +167,10 @@ def main(model: str, exact: bool, seconds: float, reset: bool, as_json: bool) ->
         acceptance = slot.origin.draft.acceptance
         click.echo(
             f"\nOf a token: where {100 * acceptance:.1f} % of the drafts stand, as the "
-            "converter expects. Fastest:"
+            "converter expects of the stored probes; with half of them twice as many "
+            "fall. Fastest:"
         )
-        for line in choices(times, acceptance):
+        for line in choices(slot, times):
             click.echo(f"  {line}")
 
 

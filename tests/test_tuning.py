@@ -259,6 +259,19 @@ def test_more_probes_are_tried_where_too_few_drafts_stand():
     assert sum(p.n_probes == 64 for _, p in plans) > 0.9 * len(plans)
 
 
+def test_fewer_probes_are_drafted_where_that_is_faster_and_stands():
+    times = made(drafts={32: 35.0, 64: 50.0})
+    plans, each = write(Watch(64, 16, 0.99, times), times, 2000, lambda i, p: 0.98)
+    assert sum(p.n_probes == 32 for _, p in plans) > 0.9 * len(plans)
+    assert each < 0.9 * cost(times, 64, 16, 0.99)
+    # Not where too few of them stand, and then it is seen soon.
+    stands = {32: 0.7, 64: 0.99}
+    watch = Watch(64, 16, 0.99, times)
+    plans, each = write(watch, times, 2000, lambda i, p: stands[p])
+    assert sum(p.n_probes == 64 for _, p in plans) > 0.7 * len(plans)
+    assert each < 1.06 * cost(times, 64, 16, 0.99)
+
+
 @given(times_of_all, st.floats(0.5, 1.0), st.floats(0.0, 1.0))
 def test_a_plan_is_always_of_what_was_measured(times, expected, stands):
     sizes = [c.n for c in times if c.what == "verify"]

@@ -42,8 +42,9 @@ from .slots import FlashLinear, Origin, densely, hidden_state
 
 # What a measurement takes at most.
 SECONDS = 1.0
-# Beside the stored numbers, more probes and other sizes are measured.
-_TIMES_PROBES = (1, 2, 4)
+# Beside the stored number of probes, these multiples of it are measured: fewer pay
+# where rows are slow to read, and more where text is hard to draft.
+_TIMES_PROBES = (0.5, 2, 4)
 _LONGEST_CHUNK = 64
 # Texts at whose beginning a slow machine measures what is still needed.
 _TRIES = 3
@@ -160,8 +161,9 @@ class Tuner:
             return None
         every = [
             *(Cell("dense", 1), Cell("draft", probes[0]), Cell("verify", sizes[0])),
+            *(Cell("draft", p) for p in probes[1:2]),
             *(Cell("verify", k) for k in sizes[1:]),
-            *(Cell("draft", p) for p in probes[1:]),
+            *(Cell("draft", p) for p in probes[2:]),
         ]
         group, needed = kind_of(settings), every if complete else every[:3]
         with self._lock:
@@ -176,7 +178,7 @@ class Tuner:
         found = {cell: times[cell] for cell in every if cell in times}
         if not found.keys() >= set(every[:3]):
             return None
-        plan = cheapest(found, lambda _: self._draft.acceptance)
+        plan = cheapest(found, watch(slot, found).acceptance)
         if plan.dense:
             self._once(
                 f"{group} decoding is faster dense on this device: nothing is drafted "
@@ -230,11 +232,10 @@ class Tuner:
     def _probes(self, slot: FlashLinear, settings: Settings) -> list[int]:
         """Numbers of probes that may be chosen, the stored one first; one that is not
         the stored one is the user's choice."""
-        p = slot.head.n_probes
-        most = slot.head.n_clusters // 4
-        ps = [p, *(f * p for f in _TIMES_PROBES[1:] if f * p <= most)]
-        if p != self._draft.n_probes:
-            ps = [p]
+        p, least = slot.head.n_probes, max(1, 2 * slot.head.n_always)
+        most, ps = slot.head.n_clusters // 4, [p]
+        if p == self._draft.n_probes:
+            ps += [q for f in _TIMES_PROBES if least <= (q := int(f * p)) <= most]
         return [p for p in ps if fits(slot.probing(p), settings)]
 
     def _sizes(self, slot: FlashLinear) -> list[int]:

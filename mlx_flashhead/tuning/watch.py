@@ -8,7 +8,7 @@ from .times import Cell, Times
 # What is known of the acceptance before a text counts as much as so many drafts of it,
 # and of these the last so many.
 _PRIOR = 16.0
-_MEMORY = 64.0
+_MEMORY = 128.0
 # Tokens that are decoded densely, where drafts do not pay, before one is tried again;
 # twice as many after each trial that fails.
 _PAUSE = 32
@@ -25,8 +25,9 @@ class Watch:
 
     Otherwise the fastest of what was measured is chosen anew for each chunk, by the
     acceptance so far, and chunks double on the way to it only where all drafts stand.
-    Of more probes than stored, which have not been tried in this text, it is taken
-    that twice the probes halve the misses, but not that more stand than was stored.
+    Of other numbers of probes than the stored one, which have not been tried in this
+    text, it is taken that misses are inverse to them, but of more probes not that more
+    drafts stand than was stored.
     Where nothing that drafts is faster than the dense product, that takes over, and
     drafts are tried again from time to time.
 
@@ -92,9 +93,15 @@ class Watch:
 
     def acceptance(self, n_probes: int) -> float:
         """Share of the drafts with so many probes that is expected to stand."""
-        before = self._expected
-        if n_probes > self._stored.n_probes:
-            before = min(before, (1 + self.acceptance(n_probes // 2)) / 2)
+        before, stored = self._expected, self._stored.n_probes
+        if n_probes != stored:
+            ways = {stored, *self.n_probes}
+            if n_probes < stored:
+                nearer = min(p for p in ways if p > n_probes)
+            else:
+                nearer = max(p for p in ways if p < n_probes)
+            inverse = 1 - (1 - self.acceptance(nearer)) * nearer / n_probes
+            before = max(0.0, min(before, inverse))
         drafted = self._drafted.get(n_probes, 0.0)
         accepted = self._accepted.get(n_probes, 0.0)
         return (_PRIOR * before + accepted) / (_PRIOR + drafted)
