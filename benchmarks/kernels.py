@@ -18,8 +18,8 @@ counts.
 
 ``--select-rereads`` has the selection make its keys again in each pass, where else it
 keeps them in registers. ``--stage-1`` and ``--conversion`` time nothing but ways to do
-one thing, in turn: stage 1 by MLX's product and by forms of the kernel, alone and in the
-greedy step; and what makes floats of quantized weights.
+one thing, in turn: stage 1 by MLX's product and by forms of the kernel, alone and in
+the greedy step; and what makes floats of quantized weights.
 
 usage: python benchmarks/kernels.py [--steps 64] [--models NAME ...]
        [--batch-sizes 1 2 4 ...] [--shard I/N] [--select-rereads]

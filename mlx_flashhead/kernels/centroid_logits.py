@@ -5,7 +5,7 @@ from functools import partial
 import mlx.core as mx
 
 from . import backend, probe_logits
-from .probe_logits import THREADS, Case
+from .probe_logits import Case
 from .rows import INPUTS, METAL, Rows
 
 # A simdgroup scores ROWS * 32 / LANES centroids that lie one after another.
@@ -18,7 +18,7 @@ _SOURCE = """
     uint n_clusters = weight_shape[0];
     uint first = threadgroup_position_in_grid.x * (THREADS / 32) + simd_gid;
     first = first * ROWS * SIDE_BY_SIDE + simd_lid / LANES;
-    size_t numbers[ROWS];
+    uint numbers[ROWS];
     float sums[ROWS];
 #pragma unroll
     for (uint r = 0; r < ROWS; r++) {
@@ -86,8 +86,8 @@ def centroid_logits(rows: Rows) -> mx.array | None:
 
 
 _F16, _BF16, _F32 = mx.float16, mx.bfloat16, mx.float32
-# What tests, the doctor and the check on a GPU run: clusters of one row. Ends of rows, of
-# simdgroups and of threadgroups; every format.
+# What tests, the doctor and the check on a GPU run: clusters of one row. Ends of rows,
+# of simdgroups and of threadgroups; every format.
 CASES = (
     Case(_BF16, 4, 64, 640, 1, B=1, C=67),
     Case(_BF16, 4, 64, 1152, 1, C=33, bias=_F32),

@@ -380,7 +380,7 @@ SAMPLED = """
         for (uint r = simd_gid; r < M; r += SIMDGROUPS) {
             uint number = cluster * M + r;
             bool real = number < settings[6];
-            size_t numbers[1] = {real ? number : 0};
+            uint numbers[1] = {real ? number : 0};
             float value[1];
             score_rows<T, D, BITS, GROUP_SIZE, QUANTIZED, 1, 32>(
                 (const device uint*)(x + size_t(row) * D), (const device uint*)weight,

@@ -23,8 +23,8 @@ BEGIN = """
     threadgroup float found[FINDS ? SIMDGROUPS * M : 1];
 """
 
-# One simdgroup scores one probed cluster, whose rows lie one after another, four rows at
-# a time, side by side: eight lanes share a row.
+# One simdgroup scores one probed cluster, whose rows lie one after another, four rows
+# side by side: eight lanes share a row.
 SCORE = """
     constexpr int ROWS = M > 12 ? 4 : (M + 3) / 4;
     constexpr int CHUNKS = (M + 4 * ROWS - 1) / (4 * ROWS);
@@ -34,7 +34,7 @@ SCORE = """
         size_t out = size_t(batch) * n_probes + probe;
         uint first = probes[out] * M;
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            size_t numbers[ROWS];
+            uint numbers[ROWS];
             float values[ROWS];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {

@@ -119,8 +119,8 @@ METAL_FUNC void load_floats(const device uint* from, int unit, thread float* to)
     }
 }
 
-// The mantissa of 2^23 takes weights of 4 and 8 bits where they stand in a word, as long
-// as they are below bit 23; the others are shifted by as much for all. A shift takes an
+// The mantissa of 2^23 takes weights of 4 and 8 bits where they stand in a word, if
+// that is below bit 23; the others are shifted by as much for all. A shift takes an
 // Apple GPU as long as four additions. By so many bits weight i stands too high then.
 template <int BITS>
 METAL_FUNC constexpr int lift(int i) {
@@ -143,20 +143,20 @@ METAL_FUNC float unpack(thread const uint* words, int i) {
 }
 
 // Products of a state with ROWS rows of a table, whose numbers are given. LANES lanes
-// share a row and read it side by side, 16 bytes or more each; all of them get its sum. A
-// lane keeps its ROWS rows in flight and uses the state for all of them. What is indexed
-// by a loop's counter is an array in registers only if the loop is unrolled, so all loops
-// over ROWS, UNIT and WORDS say that they are.
+// share a row and read it side by side, 16 bytes or more each; all of them get its sum.
+// A lane keeps its ROWS rows in flight and uses the state for all of them. What is
+// indexed by a loop's counter is an array in registers only if the loop is unrolled, so
+// all loops over ROWS, UNIT and WORDS say that they are.
 //
-// Lanes that share a scale read it at the same address, which the memory serves once. To
-// read it in one of them and shuffle would take the same load, which all lanes issue
+// Lanes that share a scale read it at the same address, which the memory serves once.
+// To read it in one of them and shuffle would take the same load, which all lanes issue
 // together, and a shuffle more.
 template <
     typename T, int D, int BITS, int GROUP_SIZE, bool QUANTIZED, int ROWS, int LANES,
     typename S>
 METAL_FUNC void score_rows(
     const device uint* state, const device uint* table, S scales, S biases,
-    thread const size_t* numbers, uint lane, thread float* sums) {
+    thread const uint* numbers, uint lane, thread float* sums) {
     constexpr int UNIT = unit_size(BITS);  // weights that a lane reads at a time
     constexpr int WORDS = UNIT * BITS / 32;
     constexpr int UNITS = D / UNIT;
@@ -168,10 +168,10 @@ METAL_FUNC void score_rows(
     static_assert(LANES <= 32 && (LANES & (LANES - 1)) == 0, "lanes are a power of 2");
     // Where the rows and their groups begin.
     const device uint* row_words[ROWS];
-    size_t row_groups[ROWS];
+    uint row_groups[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
-        row_words[r] = table + numbers[r] * (UNITS * WORDS);
+        row_words[r] = table + size_t(numbers[r]) * (UNITS * WORDS);
         row_groups[r] = numbers[r] * (D / GROUP_SIZE);
         sums[r] = 0.0f;
     }
@@ -198,7 +198,7 @@ METAL_FUNC void score_rows(
                 for (int i = 0; i < UNIT; i++) {
                     dot += v[i] * unpack<BITS>(w[r], i);
                 }
-                size_t at = row_groups[r] + group;
+                uint at = row_groups[r] + group;
                 sums[r] += load(scales, at) * dot + load(biases, at) * sum;
             }
         } else {
