@@ -111,7 +111,9 @@ def test_probe_logits(case):
     check_probe(case)
 
 
-@pytest.mark.parametrize("case", cases(centroid_logits, lambda case: case.D > 1000))
+@pytest.mark.parametrize(
+    "case", cases(centroid_logits, lambda case: case.D > 640 or case.scales)
+)
 def test_centroid_logits(case):
     rows = centroid_logits.inputs(case)
     every = mx.broadcast_to(mx.arange(case.C, dtype=mx.uint32), (case.B, case.C))
