@@ -24,46 +24,39 @@ from mlx_flashhead.head import FlashHead
 from mlx_flashhead.head.masses import log_weights
 from mlx_flashhead.sampling import Settings, draw
 
-
-class Replayed(FlashHead):
-    """A head that has its logits in a table, for one state at a time."""
-
-    def __init__(self, tables):
-        v, d, p = (int(n) for n in tables["sizes"])
-        c, m = tables["token_ids"].shape
-        super().__init__(
-            Table(mx.zeros((c, m, 32)), bits=32),
-            Table(mx.zeros((c, 32)), bits=32),
-            mx.array(tables["token_ids"]),
-            v,
-            spread=mx.array(tables["spread"]),
-            excess=mx.array(tables["excess"]),
-            temperatures=tables["temperatures"].tolist(),
-            tail_offset=tables["tail_offset"].tolist(),
-            n_probes=p,
-        )
-
-    def replay(self, centroid_logits: np.ndarray, logits: np.ndarray) -> None:
-        self._one_state = mx.array(centroid_logits[None])
-        self._one_table = mx.array(logits)
-        self._one_choice = super().select(self._one_state)
-        mx.eval(self._one_state, self._one_table, self._one_choice)
-
-    def centroid_logits(self, x):
-        return mx.broadcast_to(self._one_state, (len(x), self.n_clusters))
-
-    def select(self, centroid_logits):
-        return mx.broadcast_to(self._one_choice, (len(centroid_logits), self.n_probes))
-
-    def score(self, x, probes):
-        return self._one_table[probes]
+# Of made rows and states: the least that kernels take.
+HIDDEN_SIZE = 32
 
 
-def expected(head: Replayed, centroid_logits, logits, temperature: float):
+def head_of(tables, centroid_logits: np.ndarray, logits: np.ndarray) -> FlashHead:
+    """A head whose logits for the first unit vector are those of one state."""
+    v, _, p = (int(n) for n in tables["sizes"])
+    c, m = tables["token_ids"].shape
+    centroids, rows = (
+        np.zeros((c, HIDDEN_SIZE), "f"),
+        np.zeros((c, m, HIDDEN_SIZE), "f"),
+    )
+    centroids[:, 0] = centroid_logits
+    # Padded places have no logit, and the head does not read them.
+    rows[..., 0] = np.where(np.isfinite(logits), logits, 0).reshape(c, m)
+    return FlashHead(
+        Table(mx.array(rows), bits=32),
+        Table(mx.array(centroids), bits=32),
+        mx.array(tables["token_ids"]),
+        v,
+        spread=mx.array(tables["spread"]),
+        excess=mx.array(tables["excess"]),
+        temperatures=tables["temperatures"].tolist(),
+        tail_offset=tables["tail_offset"].tolist(),
+        n_probes=p,
+    )
+
+
+def expected(head: FlashHead, centroid_logits, logits, temperature: float):
     """Probabilities ``[C, m]``, and whether each cluster was probed, in float64."""
     c, m = logits.shape
     probed = np.zeros(c, bool)
-    probed[np.array(head._one_choice)[0]] = True
+    probed[np.array(head.select(mx.array(centroid_logits[None])))[0]] = True
     logits = logits.astype(np.float64) / temperature
     own = np.logaddexp.reduce(logits, axis=1)
     weights = np.array(log_weights(head, temperature), np.float64)
@@ -105,7 +98,6 @@ def chi_square(counts: np.ndarray, p: np.ndarray, probed: np.ndarray):
 @click.option("--seed", default=0)
 def main(path, draws, batch, temperatures, seed) -> None:
     tables = dict(np.load(path))
-    head = Replayed(tables)
     click.echo(f"{Path(path).name}, {draws:,} draws each, {mx.default_device()}")
     click.echo(
         f"{'state':26}{'T':>5}{'tail mass':>11}{'drawn':>9}"
@@ -114,13 +106,14 @@ def main(path, draws, batch, temperatures, seed) -> None:
     worst = []
     for i, name in enumerate(tables["names"]):
         centroid_logits, logits = tables["centroid_logits"][i], tables["logits"][i]
-        head.replay(centroid_logits, logits)
+        head = head_of(tables, centroid_logits, logits)
         for t in temperatures:
             p, probed = expected(head, centroid_logits, logits, t)
             counts = np.zeros(head.vocab_size, np.int64)
             for j in range(draws // batch):
                 key = mx.array([seed, i * draws + j], dtype=mx.uint32)
-                x = mx.zeros((batch, 32))
+                x = mx.zeros((batch, HIDDEN_SIZE))
+                x[:, 0] = 1
                 found = draw(head, Settings(temp=t), x, key)
                 counts += np.bincount(np.array(found.tokens), minlength=len(counts))
             order = tables["token_ids"].reshape(-1)
