@@ -68,7 +68,6 @@ def head_of(model):
     return next(flash_heads(model))
 
 
-
 # ---- attached ----------------------------------------------------------------------
 
 
@@ -100,7 +99,9 @@ def test_an_attached_head_measures_itself_once(plain, untied_folder, tuned, caps
     attach(plain, untied_folder)
     for _ in range(3):
         plain(mx.array([[5]]))
-    (said,) = (line for line in capsys.readouterr().err.splitlines() if "measured" in line)
+    (said,) = (
+        line for line in capsys.readouterr().err.splitlines() if "measured" in line
+    )
     assert "measured head-only logits decoding on this device, which is done" in said
     times = tuner_of(slot_of(plain)).times
     assert all(0 < s < 1 for s in times["head-only logits, p 90"].values())
@@ -116,7 +117,9 @@ def test_an_attached_head_measures_itself_once(plain, untied_folder, tuned, caps
     assert "measured" not in capsys.readouterr().err
 
 
-def test_attached_it_can_be_turned_off(plain, untied_folder, tuned, monkeypatch, capsys):
+def test_attached_it_can_be_turned_off(
+    plain, untied_folder, tuned, monkeypatch, capsys
+):
     attach(plain, untied_folder, tune=False)
     plain(mx.array([[5]]))
     Decoder(plain).step(PROMPT)
@@ -219,7 +222,9 @@ def test_tokens_of_states_are_measured_once(untied_folder, capsys):
     h = mx.random.normal((4, head.hidden_size), key=mx.random.key(1))
     for _ in range(3):
         sample(head, h, Settings(**TOP_P))
-    lines = [line for line in capsys.readouterr().err.splitlines() if "measured" in line]
+    lines = [
+        line for line in capsys.readouterr().err.splitlines() if "measured" in line
+    ]
     assert len(lines) == 1 and "head-only sorted decoding of 4 sequences" in lines[0]
     cells = tuner_of(slot_of(model)).times["head-only sorted, p 90"]
     assert cells.keys() == {Cell("stock", 4), Cell("approximate", 4)}
@@ -240,14 +245,17 @@ def test_a_draft_model_goes_dense_where_that_is_faster(
 ):
     target, tokenizer = mlx_lm.load(str(untied_source))
     wanted = [
-        r.token for r in mlx_lm.stream_generate(target, tokenizer, PROMPT, max_tokens=20)
+        r.token
+        for r in mlx_lm.stream_generate(target, tokenizer, PROMPT, max_tokens=20)
     ]
     draft, _ = load(untied_folder, exact=exact)
     both = [(n, 0.1, 0.2 if wins else 0.05) for n in (1, 2)]
     on_a_machine(monkeypatch, draft, "greedy", *both)
     sizes, draw = [], masking.draw
     monkeypatch.setattr(
-        masking, "draw", lambda head, s, h, *a: sizes.append(len(h)) or draw(head, s, h, *a)
+        masking,
+        "draw",
+        lambda head, s, h, *a: sizes.append(len(h)) or draw(head, s, h, *a),
     )
     with acceptance() as drafts:
         stream = mlx_lm.stream_generate(

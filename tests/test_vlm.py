@@ -484,7 +484,6 @@ def test_exact_tokens_do_not_depend_on_times(vlm, tuned, monkeypatch):
     assert drafted[0] == 0 < drafted[1]
 
 
-
 @pytest.mark.parametrize("wins", [True, False])
 @each("gemma3")
 def test_approximate_decoding_goes_dense_where_that_is_faster(
@@ -492,13 +491,15 @@ def test_approximate_decoding_goes_dense_where_that_is_faster(
 ):
     name, _, folder = vlm
     densely = load_flash(folder, exact=False)
-    slot_of(densely).decoding = "dense"
+    for slot in flash_slots(densely):
+        slot.decoding = "dense"
     wanted = tokens(densely, name, 12), batch(densely, name, REQUESTS)[0]
     monkeypatch.setattr(Tuner, "_measure", lambda *_: None)
     model = load_flash(folder, exact=False, n_probes=40)
     times = {Cell("stock", n): 0.1 for n in (1, 2, 4)}
     times |= {Cell("approximate", n): 0.2 if wins else 0.05 for n in (1, 2, 4)}
-    tuner_of(slot_of(model)).times["greedy, p 40"] = times
+    for group in ("greedy, p 40", "head-only logits, p 40"):  # those for prompts' ends
+        tuner_of(slot_of(model)).times[group] = times
     probed, select = [], FlashHead.select
     monkeypatch.setattr(
         FlashHead, "select", lambda s, *args: probed.append(1) or select(s, *args)
