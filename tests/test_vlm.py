@@ -463,6 +463,7 @@ def test_measuring_changes_no_token(vlm, tuned, capsys):
     before = {**vars(text), **text}
     tuner.times.clear()
     assert tuner.exact(slot_of(model), text, Settings())
+    assert tuner.batches(slot_of(model), text, Settings(), None, [2])
     after = {**vars(text), **text}
     assert before.keys() == after.keys()
     assert all(after[key] is value for key, value in before.items())
