@@ -23,11 +23,19 @@ def one_line_errors() -> Iterator[None]:
 
 
 def check_exists(option: str, path: str | None) -> None:
-    """Raise ValueError for what is neither on this machine nor a hub id's form."""
-    if path is None or Path(path).exists():
+    """Raise ValueError for what is neither a model's folder on this machine, or an
+    adapter's, nor of a hub id's form."""
+    if path is None:
+        return
+    flag = f"--{option.replace('_', '-')}"
+    if Path(path).exists():
+        if option != "adapter_path" and not Path(path, "config.json").exists():
+            raise ValueError(
+                f"{flag} {path} is no model folder: it has no config.json; name the "
+                "folder that has it, or a Hugging Face id"
+            )
         return
     if option == "adapter_path" or path.count("/") != 1 or path[0] in "./~":
-        flag = f"--{option.replace('_', '-')}"
         hint = "" if option == "adapter_path" else " and no Hugging Face id"
         raise ValueError(f"{flag} {path}: no such folder{hint}")
 

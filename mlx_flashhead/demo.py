@@ -10,7 +10,7 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
 from . import demo_model
-from .cli import flashhead_option, one_line_errors
+from .cli import check_exists, flashhead_option, one_line_errors
 from .compute.device import blas_hint
 from .folder.section import Section, read_section
 from .integration.exact import verification
@@ -38,6 +38,7 @@ def main(
     if message := blas_hint():
         click.echo(message, err=True)
     with one_line_errors():
+        check_exists("model", model)
         compare(model or demo_model.demo(), prompt, max_tokens, exact, flashhead)
 
 

@@ -11,7 +11,14 @@ from typing import Any
 
 import click
 
-from .cli import Listed, check_outputs, flashhead_option, one_line_errors, write_whole
+from .cli import (
+    Listed,
+    check_exists,
+    check_outputs,
+    flashhead_option,
+    one_line_errors,
+    write_whole,
+)
 from .compute.device import blas_hint, disable_tf32
 from .evaluation.evaluate import MAX_TOKENS, TOKENS, evaluate, read_prompts
 from .evaluation.report import plot, table
@@ -77,6 +84,7 @@ def main(
         click.echo(message, err=True)
     disable_tf32()
     with one_line_errors():
+        check_exists("model", folder)
         check_outputs({"--json": json_path, "--plot": plot_path})
         prompts = [] if prompts_path is None else read_prompts(prompts_path)
         result = evaluate(folder, texts, prompts=prompts, **options)

@@ -3,6 +3,7 @@ mlx-vlm, patched."""
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import sys
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 
 import click
 
-from .cli import one_line_errors
+from .cli import check_exists, one_line_errors
 from .compute.device import blas_hint
 from .integration.patch import patched
 
@@ -58,7 +59,8 @@ def run(module: str, argv: list[str], **options: Any) -> None:
     the patch replaces.
 
     Raises:
-        ValueError: There is no such command, or it lacks a package.
+        ValueError: There is no such command, it lacks a package, or the model that it
+          is given is no folder of one.
     """
     main, package = None, module.split(".")[0]
     if package == "mlx_vlm" and find_spec(package) is None:
@@ -73,6 +75,7 @@ def run(module: str, argv: list[str], **options: Any) -> None:
         raise ValueError(
             f"{module} is no command of mlx-lm or mlx-vlm; try mlx_lm.generate"
         )
+    _check_models(argv)
     before = sys.argv
     sys.argv = [module, *argv]
     try:
@@ -82,6 +85,16 @@ def run(module: str, argv: list[str], **options: Any) -> None:
         raise ValueError(f"{module} needs a package: {e}") from None
     finally:
         sys.argv = before
+
+
+def _check_models(argv: list[str]) -> None:
+    """Check the models that arguments name. mlx-lm's server would open its own in a
+    thread, and go on without it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("model", "draft_model"):
+        parser.add_argument(f"--{option.replace('_', '-')}", nargs="?")
+    for option, path in vars(parser.parse_known_args(argv)[0]).items():
+        check_exists(option, path)
 
 
 def command(

@@ -32,7 +32,7 @@ from mlx_flashhead import (
     unpatch,
 )
 from mlx_flashhead.head import flash_head
-from mlx_flashhead.integration import batch, decode, masking, tuner
+from mlx_flashhead.integration import masking, tuner
 from mlx_flashhead.integration.slots import intercepted
 
 generate = importlib.import_module("mlx_lm.generate")
@@ -62,7 +62,7 @@ def now() -> list:
 @pytest.fixture
 def retrieving(monkeypatch):
     """The rule for the cheaper way would take the dense head where all is probed."""
-    for module in (batch, decode, flash_head, tuner):
+    for module in (flash_head, tuner):
         monkeypatch.setattr(module, "prefers_dense", lambda *_: False)
 
 

@@ -380,7 +380,7 @@ def test_a_plain_run_needs_no_plot_and_no_prompts(tied_folder, texts):
 
 
 BAD = {
-    "no folder": (["--model", "/nowhere/at/all"], "is no folder"),
+    "no folder": (["--model", "/nowhere/at/all"], "no such folder"),
     "plain folder": (["--model", "{source}"], "has no FlashHead"),
     "missing text": (["--text", "{tmp}/none.txt"], "none.txt"),
     "binary text": (["--text", "{tmp}/binary.txt"], "UTF-8"),

@@ -251,9 +251,27 @@ def test_generate_with_a_missing_model(tmp_path):
         assert "folder" in message
 
 
-def test_generate_with_a_folder_that_is_no_model(tmp_path):
-    result = invoke(generate_command, "--model", tmp_path, "--prompt", "Hi")
-    assert "config.json" in assert_one_line(result)
+NO_MODELS = {
+    "generate": ["--prompt", "Hi"],
+    "chat": [],
+    "server": ["--port", "0"],
+    "run": [],
+    "tune": [],
+    "evaluate": ["--text", "a.txt"],
+    "benchmark": ["--quick"],
+    "demo": [],
+}
+
+
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_a_folder_that_is_no_model(tmp_path, name):
+    target = ["mlx_lm.chat"] if name == "run" else []
+    for flag in (["--model", tmp_path], [f"--model={tmp_path}"]):
+        result = invoke(short_command, name, *target, *flag, *NO_MODELS[name])
+        assert assert_one_line(result) == (
+            f"Error: --model {tmp_path} is no model folder: it has no config.json; "
+            "name the folder that has it, or a Hugging Face id"
+        )
 
 
 def test_generate_with_a_damaged_head(untied_folder, tmp_path):
@@ -353,9 +371,10 @@ def test_the_demo_without_its_package(tmp_path, monkeypatch):
 
 
 def test_demo_with_a_model_that_has_no_flash_head(untied_source, tmp_path):
-    for folder in (untied_source, tmp_path / "missing"):
-        result = invoke(demo_command, "--model", folder)
-        assert "mlx_flashhead.convert" in assert_one_line(result)
+    result = invoke(demo_command, "--model", untied_source)
+    assert "mlx_flashhead.convert" in assert_one_line(result)
+    result = invoke(demo_command, "--model", tmp_path / "missing")
+    assert "no such folder" in assert_one_line(result)
 
 
 def test_demo_with_a_damaged_folder(untied_folder, tmp_path):

@@ -21,11 +21,26 @@ from mlx_flashhead.convert import convert
 from small_models import EOS
 from test_server import environment, run, serving
 
-from mlx_flashhead import attach, detach, flash_heads, load, patch, unpatch
+from mlx_flashhead import (
+    FlashHead,
+    attach,
+    detach,
+    flash_heads,
+    load,
+    patch,
+    unpatch,
+)
 from mlx_flashhead.integration.exact import verification
-from mlx_flashhead.integration.locate import find_head, flash_slots, resolve_path
+from mlx_flashhead.integration.locate import (
+    find_head,
+    flash_slots,
+    resolve_path,
+    slot_of,
+)
+from mlx_flashhead.integration.tuner import Tuner, tuner_of
 from mlx_flashhead.run import run as run_here
-from mlx_flashhead.sampling import Tempered, coupled
+from mlx_flashhead.sampling import Settings, Tempered, coupled
+from mlx_flashhead.tuning import Cell
 
 # The package has functions of some of these names.
 ar = importlib.import_module("mlx_vlm.generate.ar")
@@ -422,6 +437,84 @@ def test_sampled_batches(vlm):
     assert [len(one) for one in found[0][0]] == [n for n, _ in REQUESTS]
     assert all(r.token_logprob <= 0 for one in found[0][1] for r in one)
     assert batch(model, name, REQUESTS)[0] == batch(model, name, REQUESTS)[0]
+
+
+# ---------------------------------------------------------------------------
+# As fast as it gets
+# ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """As users have it."""
+    monkeypatch.setenv("MLX_FLASHHEAD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLX_FLASHHEAD_TUNE")
+
+
+def test_measuring_changes_no_token(vlm, tuned, capsys):
+    """In batches that are at work when it happens, too."""
+    name, plain, folder = vlm
+    model = load_flash(folder)
+    assert tokens(model, name, 24) == tokens(plain, name, 24)
+    assert "measured greedy decoding on this device" in capsys.readouterr().err
+    tuner, text = tuner_of(slot_of(model)), model.language_model
+    assert {"dense", "draft", "verify"} == {c.what for c in tuner.times["greedy"]}
+    # Some keep the positions of a prompt with images.
+    before = {**vars(text), **text}
+    tuner.times.clear()
+    assert tuner.exact(slot_of(model), text, Settings())
+    assert tuner.batches(slot_of(model), text, Settings(), None, [2])
+    after = {**vars(text), **text}
+    assert before.keys() == after.keys()
+    assert all(after[key] is value for key, value in before.items())
+    tuner.times.clear()
+    assert batch(model, name, REQUESTS)[0] == batch(plain, name, REQUESTS)[0]
+    assert tuner.times["greedy"]
+
+
+@each("qwen3_vl")
+def test_exact_tokens_do_not_depend_on_times(vlm, tuned, monkeypatch):
+    name, plain, folder = vlm
+    wanted, alone = tokens(plain, name, 30), batch(plain, name, REQUESTS[:1])[0]
+    monkeypatch.setattr(Tuner, "_measure", lambda *_: None)
+    drafted = []
+    for dense in (0.01, 1.0):
+        model = load_flash(folder)
+        draft = slot_of(model).origin.draft
+        cells = Cell("draft", draft.n_probes), Cell("verify", draft.verify_every)
+        times = {Cell("dense", 1): dense} | dict.fromkeys(cells, 0.1)
+        tuner_of(slot_of(model)).times["greedy"] = times
+        with verification() as count:
+            assert tokens(model, name, 30) == wanted
+            assert batch(model, name, REQUESTS[:1])[0] == alone
+        drafted.append(count.drafted)
+    assert drafted[0] == 0 < drafted[1]
+
+
+@pytest.mark.parametrize("wins", [True, False])
+@each("gemma3")
+def test_approximate_decoding_goes_dense_where_that_is_faster(
+    vlm, tuned, monkeypatch, wins
+):
+    name, _, folder = vlm
+    densely = load_flash(folder, exact=False)
+    for slot in flash_slots(densely):
+        slot.decoding = "dense"
+    wanted = tokens(densely, name, 12), batch(densely, name, REQUESTS)[0]
+    monkeypatch.setattr(Tuner, "_measure", lambda *_: None)
+    model = load_flash(folder, exact=False, n_probes=40)
+    times = {Cell("stock", n): 0.1 for n in (1, 2, 4)}
+    times |= {Cell("approximate", n): 0.2 if wins else 0.05 for n in (1, 2, 4)}
+    for group in ("greedy, p 40", "head-only logits, p 40"):  # those for prompts' ends
+        tuner_of(slot_of(model)).times[group] = times
+    probed, select = [], FlashHead.select
+    monkeypatch.setattr(
+        FlashHead, "select", lambda s, *args: probed.append(1) or select(s, *args)
+    )
+    found = tokens(model, name, 12), batch(model, name, REQUESTS)[0]
+    assert bool(probed) != wins
+    if wins:
+        assert found == wanted
 
 
 # ---------------------------------------------------------------------------

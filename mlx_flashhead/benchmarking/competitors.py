@@ -193,6 +193,7 @@ def heads(
             n_probes=n_probes,
             verify_every=verify_every,
             flashhead=flashhead,
+            tune=False,
         )
         for kind in sorted({"flash", *kinds} & {"flash", "exact"})
     }

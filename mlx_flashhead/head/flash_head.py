@@ -12,8 +12,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
-from typing import NamedTuple, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -96,6 +96,10 @@ class FlashHead(nn.Module):
         n_clusters (int): Number of clusters C.
         cluster_size (int): Rows of each, m.
         log_sizes (mx.array): Log of each cluster's number of tokens, float32 ``[C]``.
+        choice (Callable, optional): Of the head, hidden states and the settings of a
+          draw (``None``: for logits), whether the dense product takes no longer on this
+          device. Who decodes with the head may ask; calling the head is retrieval, as
+          above.
 
     Raises:
         ValueError: ``n_probes`` is out of range.
@@ -132,6 +136,7 @@ class FlashHead(nn.Module):
         if n_probes is None:
             n_probes = default_n_probes(self.n_clusters)
         self.n_probes = n_probes
+        self.choice: Callable[[FlashHead, mx.array, Any], bool] | None = None
         # What is derived is no parameter, and is evaluated here: an array that is left
         # lazy belongs to the thread that made it, and no other could use the head.
         flat = token_ids.reshape(-1)[:vocab_size]

@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..compute.device import for_device
 from ..folder.section import read_config, read_section
+from .alone import let_measure
 from .loading import find_flashhead, head_path, install, stop_tokens_of
 from .locate import flash_slots, head_table, set_module
 from .slots import Before, FlashLinear
@@ -31,13 +32,15 @@ def attach(
     n_probes: int | None = None,
     exact: bool = False,
     verify_every: int | None = None,
+    tune: bool = True,
 ) -> nn.Module:
     """Put a FlashHead into a model that is loaded already, whoever loaded it: nothing
     of mlx-lm is patched or asked for its version.
 
     ``model(tokens)`` then gives logits of the whole vocabulary ``[B, L, V]`` as before.
     Where ``L`` is 1 they come from a fraction of the rows: exact where probed,
-    estimated elsewhere. Longer inputs, which are prompts, have exact ones. Loops of
+    estimated elsewhere; or from all, where that takes no longer here. Longer inputs,
+    which are prompts, have exact ones. Loops of
     your own, mlx-lm's functions and any sampler work on. On a CPU back-end the model
     computes in float32 until :func:`detach`.
 
@@ -52,6 +55,8 @@ def attach(
           itself cannot draft, and then gives the dense head's logits from all rows.
         verify_every: Tokens that are verified at once where it is exact, instead of the
           stored number.
+        tune: Whether the head may be measured when it is first used, and decodes as is
+          fastest here; ``MLX_FLASHHEAD_TUNE=0`` turns it off, too.
 
     Returns:
         The same model.
@@ -94,6 +99,8 @@ def attach(
         slot.before = Before(modules[path], dtypes)
         for other in _places(modules, modules[path]):
             set_module(model, other, slot)
+    if tune:
+        let_measure(model, section)  # with these rows
     mx.eval(for_device(model).parameters())
     for path, _ in slots:
         for name in _ARRAYS:

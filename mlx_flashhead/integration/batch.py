@@ -10,7 +10,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head import prefers_dense
 from ..sampling import Processor, Settings, fits, full_logits
 from ..sampling.masks import TokenMask
 from ..tuning import KINDS, kind_of
@@ -96,7 +95,7 @@ class _Request:
 
 
 def _dense_is_faster(
-    slot: FlashLinear, model: nn.Module | None, requests: list[_Request]
+    slot: FlashLinear, model: nn.Module, requests: list[_Request]
 ) -> bool:
     """As :func:`.tuner.dense_is_faster`, by the sequence that takes longest densely."""
     settings: Settings = Settings()
@@ -105,8 +104,6 @@ def _dense_is_faster(
         own = request.settings
         if own is not None and fits(slot.head, own) and _rank(own) > _rank(settings):
             settings, sampler = own, request.sampler
-    if model is None:
-        return prefers_dense(slot.head, len(requests), settings.sorts)
     return dense_is_faster(slot, model, settings, sampler, len(requests))
 
 
@@ -115,14 +112,14 @@ def _rank(settings: Settings) -> int:
 
 
 def batch_draw(
-    slot: FlashLinear, options: Sequence[Options], model: nn.Module | None = None
+    slot: FlashLinear, options: Sequence[Options], model: nn.Module
 ) -> BatchDraw | None:
     """How the tokens of a batch are drawn among candidates.
 
     Args:
         slot: Where the model's head stood.
         options: Sampler and logits processors of each sequence.
-        model: The model, where its steps may be measured.
+        model: The model, or text model, whose steps may be measured.
 
     Returns:
         A function of hidden states ``[B, D]``, keys and, by the number of their

@@ -20,7 +20,7 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..head import FlashHead, prefers_dense
+from ..head import FlashHead
 from ..sampling import (
     Drawn,
     LogProbs,
@@ -97,7 +97,7 @@ def read_request(
 _Drawn = masked.Choice | Drawn
 
 
-class _DenseStandIn:
+class DenseStandIn:
     """Stands in for a model that decodes with the dense head where that is faster."""
 
     def __init__(self, model: nn.Module, head: FlashHead):
@@ -116,7 +116,7 @@ class _Turn:
     """Links a stand-in's logits to the sampler's question for a token."""
 
     def __init__(self, sampler: Callable[[mx.array], mx.array] | None):
-        self._own = sampler or (lambda x: mx.argmax(x, axis=-1))
+        self.own = sampler or (lambda x: mx.argmax(x, axis=-1))
         self.model: _StandIn | None = None  # that was called last
         self.drawn: _Drawn | None = None  # for its logits
         self.on_sample: Callable[[_Drawn | None], None] = lambda drawn: None
@@ -124,7 +124,7 @@ class _Turn:
     def sampler(self, logits: mx.array) -> mx.array:
         self.on_sample(self.drawn)
         if self.drawn is None:
-            return self._own(logits)
+            return self.own(logits)
         return self.drawn.tokens[-logits.shape[0] :]
 
 
@@ -199,8 +199,12 @@ class _StandIn:
         if self._slot is None or n > self._longest or self._before >= 0:
             return self._model(inputs, **kwargs)
         head = self._slot.head
-        if n > 1 and prefers_dense(head, n, self._settings.sorts):
-            return self._model(inputs, **kwargs)
+        # Speculative decoding; else that was asked before.
+        if self._longest > 1 and dense_is_faster(
+            self._slot, self._model, self._settings, self._turn.own, n
+        ):
+            with densely(head):
+                return self._model(inputs, **kwargs)
         h = hidden_state(head, self._model, inputs, **kwargs)
         key = self._keys.next(self._settings)
         states = h.reshape(-1, h.shape[-1])
@@ -232,7 +236,7 @@ def generate_step(stock: Step) -> Step:
             return
         slot, settings, read = request
         if embeddings is None and dense_is_faster(slot, model, settings, options[0], 1):
-            yield from stock(prompt, _DenseStandIn(model, slot.head), *args, **kwargs)
+            yield from stock(prompt, DenseStandIn(model, slot.head), *args, **kwargs)
             return
         turn = _Turn(None)
         drawn: deque[_Drawn | None] = deque()

@@ -10,16 +10,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..head import FlashHead, prefers_dense
+from ..head import FlashHead
 from ..sampling import Drawn, Settings, coupled, draw, fits, split
 from ..sampling.draw import known_transform
-from .decode import read_request
+from .decode import DenseStandIn, read_request
 from .exact import ExactDecoder, LogitsProcessor, Sampler
 from .keys import Keys
 from .locate import slot_of
 from .masking import draw_allowed
 from .slots import FlashLinear, hidden_state
-from .tuner import exact_decoder
+from .tuner import dense_is_faster, exact_decoder
 
 GREEDY = Settings()
 # Tokens of a prompt that the model is given at once.
@@ -73,7 +73,8 @@ def sample(
         key: Random key, uint32 ``[2]``, or one for each state, ``[B, 2]``; by default
           from MLX's generator.
         exact: Compute all logits, by one dense product of all states; else among the
-          head's candidates, the rest of the vocabulary counted by its estimate.
+          head's candidates, the rest of the vocabulary counted by its estimate, unless
+          the former takes no longer here, as is measured once for so many states.
 
     Returns:
         Tokens and their log-probabilities: those of the whole vocabulary, exact or
@@ -92,6 +93,8 @@ def sample(
         )
     if key is None:
         key = Keys().next(settings)
+    if not exact and head.choice is not None:
+        exact = head.choice(head, h, settings)
     if not exact:
         drawn = draw(head, settings, h, key)
         return Sampled(drawn.tokens, drawn.logprob)
@@ -148,10 +151,12 @@ class Decoder:
         self._exact: ExactDecoder | None = None
         if slot.exact and slot.head.transform is not None:
             self._exact = exact_decoder(slot, model, sampler, logits_processors)
+        self._plain: Any = model  # what gives logits, where nothing is drawn
         self._request = read_request(model, sampler, logits_processors)
-        request = self._request
-        if request and prefers_dense(request[0].head, 1, request[1].sorts):
-            self._request = None
+        if self._request is not None and self._exact is None:
+            settings = self._request[1]
+            if dense_is_faster(slot, model, settings, sampler, 1):
+                self._plain, self._request = DenseStandIn(model, slot.head), None
 
     def step(self, tokens: mx.array | Sequence[int]) -> Sampled:
         """Give the model tokens ``[n]``, and get the one that follows them, ``[1]``.
@@ -195,7 +200,7 @@ class Decoder:
                 return Sampled(drawn.tokens, drawn.logprob)
             logprobs = drawn.logprobs().astype(mx.float32)
             return Sampled(drawn.tokens, logprobs[:, drawn.tokens][0])
-        logits = self._model(token[None], cache=self.cache)
+        logits = self._plain(token[None], cache=self.cache)
         logits = (logits if isinstance(logits, mx.array) else logits.logits)[:, -1]
         for processor in self._processors:
             logits = processor(self._context, logits)

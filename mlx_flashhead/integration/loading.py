@@ -32,6 +32,7 @@ from ..folder.section import (
     read_section,
 )
 from ..head import FlashHead
+from .alone import let_measure
 from .locate import (
     HeadNotFound,
     find_transform,
@@ -43,7 +44,7 @@ from .locate import (
     resolve_path,
     twins,
 )
-from .slots import Decoding, FlashLinear, Origin
+from .slots import Decoding, FlashLinear
 
 # What mlx-lm downloads of a model, where no constant of its own says so (before 0.32).
 _PATTERNS = [
@@ -278,7 +279,8 @@ def install(
     for slot in flash_slots(model):
         slot.decoding, slot.stop_tokens = decoding, stop_tokens
         slot.verify_every = verify_every or draft.verify_every
-        slot.origin = Origin(section.to_json()["sha256"], draft) if tune else None
+    if tune:
+        let_measure(model, section)
     return for_device(model)
 
 

@@ -30,10 +30,13 @@ class Origin:
     Attributes:
         sha256: Digest of the folder's section.
         draft: How exact decoding is to draft.
+        what: What its steps depend on besides: whose model it stands in, and the form
+          of its rows.
     """
 
     sha256: str
     draft: Draft
+    what: str = ""
 
 
 # Heads and what answers for them, the latest last.
@@ -186,6 +189,10 @@ class FlashLinear(nn.Module):
                 return answer(x)
         if self.decoding != "approximate":
             return self.head.dense(x)
+        step = x.ndim < 3 or x.shape[-2] == 1  # a prompt is dense anyway
+        choice = self.head.choice
+        if step and choice is not None and choice(self.head, x, None):
+            return self.head.dense(x).astype(x.dtype)
         return self.head(x)
 
     def __call__(self, x: mx.array) -> mx.array:

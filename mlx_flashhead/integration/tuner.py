@@ -2,7 +2,9 @@
 
 A token takes a step of the body and one of the head, and host and device work at once:
 so whole steps are timed, with the functions that decode, on a prompt cache of their
-own. What is measured is kept in the user's cache (:mod:`mlx_flashhead.tuning`).
+own; where only hidden states are at hand, the head by itself (:mod:`.alone`). What is
+measured is kept in the user's cache (:mod:`mlx_flashhead.tuning`). Models of mlx-vlm
+are measured as mlx-lm's are, by their text model.
 """
 
 from __future__ import annotations
@@ -62,10 +64,15 @@ def exact_decoder(
     processors: Sequence[LogitsProcessor],
 ) -> ExactDecoder:
     """An exact decoder that drafts as is fastest here, where that may be measured."""
-    decoder = ExactDecoder(slot, model, sampler, processors)
+    return tuned(ExactDecoder(slot, model, sampler, processors), model)
+
+
+def tuned(decoder: ExactDecoder, model: nn.Module) -> ExactDecoder:
+    """The same decoder, which drafts as is fastest here for a model, or text model,
+    where that may be measured."""
+    slot = decoder.slot
     if slot.origin is not None and not switched_off():
-        tuner = tuner_of(slot)
-        times = tuner.exact(slot, model, decoder.settings or Settings())
+        times = tuner_of(slot).exact(slot, model, decoder.settings or Settings())
         if times is not None:
             decoder.watch = watch(slot, times)
     return decoder
@@ -130,7 +137,7 @@ class Tuner:
         clock: Clock = time.perf_counter,
         say: Callable[[str], None] | None = None,
     ):
-        self._store = Store(origin.sha256, decoding)
+        self._store = Store(origin.sha256, decoding, origin.what)
         self._draft = origin.draft
         self.seconds = seconds
         self.clock = clock
@@ -173,6 +180,7 @@ class Tuner:
                 self._measure(
                     *(group, 1, _TRIES),
                     lambda: _exact_runs(slot, model, settings, missing),
+                    model,
                 )
             times = self.times.get(group, {})
         found = {cell: times[cell] for cell in every if cell in times}
@@ -196,16 +204,9 @@ class Tuner:
     ) -> bool | None:
         """Whether a step of n sequences takes no longer with the dense head than among
         candidates; ``None`` where that could not be measured."""
-        low = 1 << (n.bit_length() - 1)
-        sizes = {low, low if low == n else 2 * low}
-        found = dense_wins(self.batches(slot, model, settings, sampler, sizes), n)
-        if found:
-            many = "" if n == 1 else f" of {n} sequences"
-            self._once(
-                f"{kind_of(settings)} decoding{many} is faster dense on this device "
-                "(mlx_flashhead.tune shows it, MLX_FLASHHEAD_TUNE=0 retrieves)"
-            )
-        return found
+        times = self.batches(slot, model, settings, sampler, _around(n))
+        hint = "mlx_flashhead.tune shows it, "
+        return self._dense_wins(times, n, kind_of(settings), hint)
 
     def batches(
         self,
@@ -218,16 +219,54 @@ class Tuner:
         """Times of batches of at least these sizes, as far as they could be
         measured."""
         group = f"{kind_of(settings)}, p {slot.head.n_probes}"
+        make = partial(_batch_runs, slot, model, settings, sampler)
+        return self._both(group, sizes, make, model)
+
+    def alone(
+        self, head: FlashHead, n: int, what: str, make: Callable[[int], dict[Cell, Run]]
+    ) -> bool | None:
+        """Whether the head by itself takes no longer for n hidden states by the dense
+        product than by retrieval; ``None`` where that could not be measured.
+
+        Args:
+            head: The head.
+            n: Hidden states at once.
+            what: Is made of them.
+            make: Gives the runs of both for a number of states, ``Cell("stock", n)``
+                and ``Cell("approximate", n)``.
+        """
+        what = f"head-only {what}"
+        times = self._both(f"{what}, p {head.n_probes}", _around(n), make)
+        return self._dense_wins(times, n, what)
+
+    def _both(
+        self,
+        group: str,
+        sizes: Iterable[int],
+        make: Callable[[int], dict[Cell, Run]],
+        model: nn.Module | None = None,
+    ) -> Times:
+        """Times of so many sequences at once, dense and among candidates."""
         with self._lock:
             for size in sizes:
                 cells = {Cell("stock", size), Cell("approximate", size)}
                 if not self.times.get(group, {}).keys() >= cells:
                     # Every step of a batch comes here.
-                    self._measure(
-                        *(group, size, 1),
-                        partial(_batch_runs, slot, model, settings, sampler, size),
-                    )
+                    self._measure(group, size, 1, partial(make, size), model)
             return self.times.get(group, {})
+
+    def _dense_wins(
+        self, times: Times, n: int, what: str, hint: str = ""
+    ) -> bool | None:
+        """As :func:`dense_wins`; a line says so."""
+        found = dense_wins(times, n)
+        if found:
+            many = "" if n == 1 else f" of {n} sequences"
+            self._once(
+                f"{what} decoding{many} is faster dense on this device "
+                f"({hint}MLX_FLASHHEAD_TUNE=0 retrieves)"
+            )
+        return found
 
     def _probes(self, slot: FlashLinear, settings: Settings) -> list[int]:
         """Numbers of probes that may be chosen, the stored one first; one that is not
@@ -246,15 +285,21 @@ class Tuner:
         return [k, *(n for n in (k // 2, k // 4, 2 * k) if 2 <= n <= _LONGEST_CHUNK)]
 
     def _measure(
-        self, group: str, size: int, tries: int, make: Callable[[], dict[Cell, Run]]
+        self,
+        group: str,
+        size: int,
+        tries: int,
+        make: Callable[[], dict[Cell, Run]],
+        model: nn.Module | None,
     ) -> None:
-        """Measure what ``make`` gives, unless that was tried so often before."""
+        """Measure what ``make`` gives, of a model if any, unless that was tried so
+        often before."""
         if self._tries[group, size] >= tries:
             return
         self._tries[group, size] += 1
         begin = self.clock()
         try:
-            with _same_numbers():
+            with _same_numbers(), _as_it_was(model):
                 mx.synchronize()
                 runs = make()
                 left = self.seconds - (self.clock() - begin)
@@ -287,6 +332,13 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _around(n: int) -> set[int]:
+    """Sizes to measure in order to know of n sequences: powers of two, so that there
+    are few."""
+    low = 1 << (n.bit_length() - 1)
+    return {low, low if low == n else 2 * low}
+
+
 @contextmanager
 def _same_numbers() -> Iterator[None]:
     """Context after which MLX's generator stands where it stood: mlx-lm's samplers
@@ -297,6 +349,21 @@ def _same_numbers() -> Iterator[None]:
         yield
     finally:
         mx.random.seed(high << 32 | low)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module | None) -> Iterator[None]:
+    """Context after which a model's modules have the attributes that they had: mlx-vlm
+    keeps the positions of the prompt at hand in them."""
+    modules = model.modules() if isinstance(model, nn.Module) else []
+    before = [(module, {**vars(module), **module}) for module in modules]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            for name, value in attributes.items():
+                if getattr(module, name, None) is not value:
+                    setattr(module, name, value)
 
 
 def _exact_runs(
@@ -368,7 +435,8 @@ def _batch_runs(
         latest = tokens
         with densely(head):
             for _ in range(n):
-                logits = model(latest[:, None], cache=cache)[:, -1]
+                made = model(latest[:, None], cache=cache)
+                logits = (made if isinstance(made, mx.array) else made.logits)[:, -1]
                 known = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
                 latest = choose(known)
                 mx.async_eval(latest, known)

@@ -23,16 +23,17 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
-from ..head import FlashHead, prefers_dense
+from ..head import FlashHead
 from ..sampling import Drawn, Processor, Settings, Tempered, draw, drawn_logprobs, fits
 from . import exact_batch
 from .batch import batch_draw
-from .decode import Step
+from .decode import DenseStandIn, Step
 from .exact import ExactDecoder, LogitsProcessor, Sampler, Verified
 from .keys import Keys
 from .locate import slot_of
 from .samplers import read_processors, read_sampler
-from .slots import FlashLinear, hidden_state
+from .slots import FlashLinear, densely, hidden_state
+from .tuner import dense_is_faster, tuned
 
 # Arguments of mlx-vlm's ``generate_step`` that choose a token: they become a sampler
 # and processors here, and the function is given none of them.
@@ -84,13 +85,13 @@ class _Request:
         return cls(alike, processors, sampler.seed, tempered)
 
     def known(self, head: FlashHead) -> tuple[Settings, list[Processor]] | None:
-        """Settings and processors, where one sequence's tokens are better drawn among
+        """Settings and processors, where one sequence's tokens can be drawn among
         candidates."""
         settings = None if self.tempered else read_sampler(self.sampler)
         readable = read_processors(self.processors, head.vocab_size)
         if settings is None or readable is None or not fits(head, settings):
             return None
-        return None if prefers_dense(head, 1, settings.sorts) else (settings, readable)
+        return settings, readable
 
     def decoder(
         self,
@@ -132,6 +133,10 @@ def generate_step(stock: Step) -> Step:
             if slot.exact and slot.head.transform is not None:
                 stand_in = _Exact(slot, text, request, kwargs["max_tokens"])
             elif not slot.exact and (known := request.known(slot.head)):
+                if dense_is_faster(slot, text, known[0], request.sampler, 1):
+                    outer = _Model(model, DenseStandIn(text, slot.head))
+                    yield from stock(input_ids, outer, pixel_values, mask, **kwargs)
+                    return
                 stand_in = _Drawing(slot, text, *known, Keys(model, request.seed))
         if stand_in is None or request is None:
             yield from stock(input_ids, model, pixel_values, mask, **kwargs)
@@ -283,7 +288,8 @@ class _Exact(_StandIn):
         self, slot: FlashLinear, model: Any, request: _Request, max_tokens: int
     ):
         super().__init__(slot, model, request.processors)
-        self._decoder = request.decoder(slot, self._text, request.processors)
+        decoder = request.decoder(slot, self._text, request.processors)
+        self._decoder = tuned(decoder, model)
         # mlx-vlm takes one step more than it yields tokens.
         self._left = max_tokens + 1 if max_tokens >= 0 else 1 << 62
         self._verified: deque[Verified] = deque()
@@ -325,8 +331,13 @@ def batch_step(stock: Step) -> Step:
         exact_batch.leave(self)
         if slot.decoding != "approximate":
             return stock(self)
+        if request.tempered or not fits(slot.head, Settings()):
+            return stock(self)
         drawn = _approximate_step(self, slot, request)
-        return stock(self) if drawn is None else drawn
+        if drawn is not None:
+            return drawn
+        with densely(slot.head):
+            return stock(self)
 
     return _step
 
@@ -365,7 +376,8 @@ def _exact_step(
     for e, uid in enumerate(batch.uids):
         if uid not in decoders:
             own, position = _processors_of(batch, e), batch._num_tokens[e] + 1
-            decoders[uid] = request.decoder(slot, text, own, position)
+            decoder = request.decoder(slot, text, own, position)
+            decoders[uid] = tuned(decoder, batch._language_model)
         decoders[uid].model = text
     in_order = [decoders[uid] for uid in batch.uids]
     choices = exact_batch.choose(batch, in_order, _contexts(batch))
@@ -376,13 +388,11 @@ def _exact_step(
 def _approximate_step(
     batch: Any, slot: FlashLinear, request: _Request
 ) -> tuple[list[int], Any, Any, Any] | None:
-    """Tokens drawn among candidates; ``None`` where mlx-vlm's step has to do or is as
-    fast."""
-    if request.tempered:
-        return None
+    """Tokens drawn among candidates; ``None`` where the dense head is as fast."""
     several = [_processors_of(batch, e) for e in range(len(batch.uids))]
     sampler = request.sampler or make_sampler()
-    drawing = batch_draw(slot, [(sampler, own) for own in several])
+    options = [(sampler, own) for own in several]
+    drawing = batch_draw(slot, options, batch._language_model)
     if drawing is None:
         return None
     if not hasattr(batch, "_keys"):

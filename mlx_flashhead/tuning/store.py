@@ -25,9 +25,10 @@ class Store:
     Args:
         sha256: Digest of the head's section.
         decoding: How it decodes.
+        what: What times depend on besides.
     """
 
-    def __init__(self, sha256: str, decoding: str):
+    def __init__(self, sha256: str, decoding: str, what: str = ""):
         self._about = {
             "device": device_name(),
             "kernels": kernels.kind(),
@@ -36,6 +37,7 @@ class Store:
             "mlx_flashhead": _own_version(),
             "section": sha256,
             "decoding": decoding,
+            "what": what,
         }
         text = json.dumps(self._about, sort_keys=True)
         name = hashlib.sha256(text.encode()).hexdigest()
