@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import tomllib
-import xml.dom.minidom
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import entry_points
@@ -620,50 +619,6 @@ def test_the_speed_is_that_of_the_results():
             assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]\d)", alone), (
                 figure
             )
-
-
-def shown_in(svg: str) -> set[str]:
-    """Texts of a picture: matplotlib draws them, and notes each beside its outlines."""
-    return set(re.findall(r"<!-- (.+?) -->", svg, flags=re.S))
-
-
-PICTURES = ROOT / "docs/pictures"
-
-
-@pytest.mark.parametrize("name", ["retrieval", "sequence"])
-def test_a_picture_is_what_its_script_draws(name, tmp_path):
-    out = tmp_path / "picture.svg"
-    script = str(PICTURES / f"{name}.py")
-    subprocess.run([sys.executable, script, "--out", str(out)], check=True)
-    kept = (PICTURES / f"{name}.svg").read_text()
-    made = out.read_text()
-    assert made.startswith("<?xml") and len(made) < 100_000 and len(kept) < 100_000
-    assert shown_in(made) == shown_in(kept)
-
-
-def test_a_recording_shows_what_was_written(tmp_path):
-    out = tmp_path / "recording.svg"
-    code = "print('a < b' + 100 * 'x'); print('\N{DEGREE SIGN}', end='')"
-    words = [sys.executable, PICTURES / "recording.py", "--out", out]
-    subprocess.run([*words, sys.executable, "-c", code], check=True)
-    picture = xml.dom.minidom.parse(str(out))
-    command, *lines = picture.getElementsByTagName("text")
-    shown = ["".join(s.firstChild.data for s in line.childNodes) for line in lines]
-    assert command.firstChild.data.startswith("$ ")
-    assert shown == ["a < b" + 87 * "x", 13 * "x", "\N{DEGREE SIGN}"]
-
-
-def test_the_figures_of_the_picture_are_those_of_the_results():
-    kept = (PICTURES / "retrieval.svg").read_text()
-    totals = {t for t in shown_in(kept) if t.endswith(" MB a token")}
-    assert len(totals) == 2
-    # The row of the dense head and that of the stored number of probes.
-    for total in totals:
-        megabytes = total.split()[0]
-        rows = rf"^(dense 8-bit|FlashHead 1024 \*) .*% +{re.escape(megabytes)} "
-        assert re.search(rows, results(), flags=re.M), total
-        (readme,) = re.findall(r"!\[(.*?)\]", (ROOT / "README.md").read_text())
-        assert f"{megabytes} MB" in readme
 
 
 def strings() -> list[str]:
