@@ -80,9 +80,12 @@ def ask(
         json.dumps(body),
         {"Content-Type": "application/json"},
     )
-    answer = connection.getresponse().read().decode()
+    response = connection.getresponse()
+    answer = response.read().decode()
     seconds = time.perf_counter() - begin
     connection.close()
+    if response.status != 200:
+        raise click.ClickException(f"the server answers {answer[:300]}")
     if stream:
         lines = [x[6:] for x in answer.splitlines() if x.startswith("data: {")]
         (usage,) = (u for x in lines if (u := json.loads(x).get("usage")))

@@ -4,10 +4,11 @@
     python benchmarks/tuning.py --folder FOLDER
 
 Whole models of real shapes and made weights (``models.py``), or converted folders. Of
-exact decoding every number of positions that can be chosen, and dense decoding, is
-run; approximately, batches of several sizes among candidates and densely. "Off" is by
-how much longer the chosen one takes than the best in these runs. "Left alone" is
-decoding that measures itself, and "stock" mlx-lm with the plain model.
+exact decoding the stored number of probes and half of it, each with every number of
+positions that can be chosen, and dense decoding, are run; approximately, batches of
+several sizes among candidates and densely. "Off" is by how much longer the chosen one
+takes than the best in these runs. "Left alone" is decoding that measures itself, and
+"stock" mlx-lm with the plain model.
 
 MLX compiles CUDA kernels as they are first used, seconds each, and keeps them on disk:
 ``--shard 0/8`` to ``--shard 7/8`` side by side fill that store before the run that
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ from mlx_flashhead.folder.section import Draft
 from mlx_flashhead.integration.locate import slot_of
 from mlx_flashhead.integration.samplers import read_sampler
 from mlx_flashhead.integration.slots import FlashLinear, Origin
-from mlx_flashhead.integration.tuner import tuner_of
+from mlx_flashhead.integration.tuner import tuner_of, watch
 from mlx_flashhead.kernels import doctor
 from mlx_flashhead.tuning import Cell, cheapest, dense_wins, kind_of
 
@@ -101,31 +103,40 @@ def made_prompts(n: int) -> list[list[int]]:
 def exact(setup: Setup, sampler: str) -> list[str]:
     """A row of the table: one sequence, decoded exactly."""
     slot, settings = setup.slot, read_sampler(make_sampler(**setup.options))
-    p, stored = slot.head.n_probes, slot.verify_every
-    ran: dict[int, float] = {}
-    for k in SIZES:
+    stored = slot.head.n_probes, slot.verify_every
+    ran: dict[tuple[int, int], float] = {}
+    for p, k in product((stored[0], stored[0] // 2), SIZES):
         setup.pinned(None)
-        slot.verify_every = k
-        ran[k] = setup.seconds()
-        if k == stored:
+        slot.head.n_probes, slot.verify_every = p, k
+        ran[p, k] = setup.seconds()
+        if (p, k) == stored:
             accepted = setup.acceptance
-    slot.verify_every = stored
-    draft = Draft(p, stored, accepted)
+    slot.head.n_probes, slot.verify_every = stored
+    draft = Draft(*stored, accepted)
     setup.pinned(draft)
-    dense = {Cell("dense", 1): 1e-9, Cell("draft", p): 1.0, Cell("verify", stored): 1.0}
-    tuner_of(slot).times[kind_of(settings)] = dense
-    ran[0] = setup.seconds()
+    cells = ("dense", 1), ("draft", stored[0]), ("verify", stored[1])
+    tuner_of(slot).times[kind_of(settings)] = {
+        Cell(*cell): 1e-9 if cell[0] == "dense" else 1.0 for cell in cells
+    }
+    ran[stored[0], 0] = setup.seconds()
     setup.pinned(draft)
     begin = setup.clock()
     times = tuner_of(slot).exact(slot, setup.model, settings)
     took = setup.clock() - begin
-    chosen = 0 if times is None else cheapest(times, lambda _: accepted).verify_every
+    chosen = stored  # as without any measurement
+    if times is not None:
+        plan = cheapest(times, watch(slot, times).acceptance)
+        chosen = (stored[0], 0) if plan.dense else plan[:2]
+        if chosen not in ran:
+            setup.pinned(None)
+            slot.head.n_probes, slot.verify_every = chosen
+            ran[chosen] = setup.seconds()
+            slot.head.n_probes, slot.verify_every = stored
+            setup.pinned(draft)
 
-    def words(k: int) -> str:
-        return f"{k} at once" if k else "dense"
+    def words(way: tuple[int, int]) -> str:
+        return f"{way[0]} probes, {way[1]} at once" if way[1] else "dense"
 
-    if times is None:
-        chosen = stored  # as without any measurement
     return row(setup, sampler, "exact", ran, chosen, words, 1, took)
 
 

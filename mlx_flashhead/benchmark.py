@@ -12,7 +12,7 @@ import click
 from .benchmarking.benchmark import benchmark
 from .benchmarking.competitors import HEADS
 from .benchmarking.matrix import SAMPLERS
-from .cli import Listed, one_line_errors
+from .cli import Listed, flashhead_option, one_line_errors
 from .compute.device import blas_hint
 
 
@@ -90,7 +90,7 @@ class _Command(click.Command):
     default=None,
     help="Only one of exact and flash.  [default: both]",
 )
-@click.option("--flashhead", help="As in other commands.")
+@flashhead_option
 @click.option("--quick", is_flag=True, help="Only a short prompt and one sequence.")
 @click.option("--all", "everything", is_flag=True, help="Leave nothing out.")
 @click.option("--energy/--no-energy", default=True, help="Measure energy.")

@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
 from .benchmarking.report import markdown_table
-from .cli import check_exists, one_line_errors
+from .cli import check_exists, flashhead_option, one_line_errors
 from .compute.device import blas_hint
 from .integration.locate import slot_of
 from .integration.samplers import read_sampler
@@ -129,7 +129,15 @@ def measured(
 )
 @click.option("--reset", is_flag=True, help="Forget what was measured of this model.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def main(model: str, exact: bool, seconds: float, reset: bool, as_json: bool) -> None:
+@flashhead_option
+def main(
+    model: str,
+    exact: bool,
+    seconds: float,
+    reset: bool,
+    as_json: bool,
+    flashhead: str | None,
+) -> None:
     """Show how long a model's decode steps take on this device, and what is chosen.
 
     What was not measured before is measured now, and kept for all commands.
@@ -138,7 +146,7 @@ def main(model: str, exact: bool, seconds: float, reset: bool, as_json: bool) ->
         click.echo(message, err=True)
     with one_line_errors():
         check_exists("model", model)
-        loaded, _ = load(model, exact=exact, lazy=reset)
+        loaded, _ = load(model, exact=exact, lazy=reset, flashhead=flashhead)
         slot = slot_of(loaded)
         if slot is None or slot.origin is None:
             raise ValueError(

@@ -559,66 +559,40 @@ def test_every_document_is_linked_from_the_readme():
         assert f"({file.relative_to(ROOT)})" in text, file
 
 
-def results() -> str:
-    return (ROOT / "benchmarks/RESULTS.md").read_text()
-
-
 def figures(text: str) -> list[str]:
     return re.findall(r"\d[\d,.]*\d|\d", text)
 
 
-def readme_tables(anchor: str) -> list[list[list[str]]]:
-    (section,) = [s for s in SECTIONS if s.name == f"README.md#{anchor}"]
-    return [table[1:] for table in section.tables]
-
-
-def test_the_fidelity_is_that_of_the_results():
-    """Each row's figures stand in one line of the results, of the same head."""
-    rows = [row for table in readme_tables("fidelity") for row in table]
-    assert len(rows) == 9
-    for row in rows:
-        name = next(
-            n
-            for n in ("dense 8-bit", "dense 4-bit", "FlashHead")
-            if n in row[1] or n in row[0]
-        )
-        wanted = [f for cell in row[1:] if name not in cell for f in figures(cell)]
-        found = [
-            line
-            for line in results().splitlines()
-            if line.startswith(name) and set(wanted) <= set(figures(line))
-        ]
-        assert len(found) == 1, row
-
-
-def result_table(heading: str) -> dict[str, list[str]]:
-    """The first table of a section of the results: cells by the row's name, which is
-    its first cell, or its first two where that is the sampler."""
-    name = f"benchmarks/RESULTS.md#{documents.anchor(heading)}"
+def results_sections() -> dict[str, documents.Section]:
     every = documents.sections(ROOT / "benchmarks/RESULTS.md")
-    (section,) = [s for s in every if s.name == name]
-    head, *rows = section.tables[0]
-    n = 2 if head[0] == "sampler" else 1
-    return {", ".join(row[:n]): row[n:] for row in rows}
+    return {section.name.split("#")[-1]: section for section in every}
 
 
-def test_the_speed_is_that_of_the_results():
-    results = (ROOT / "benchmarks/RESULTS.md").read_text()
-    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", results, re.M | re.S))
-    texts = result_table("Exact decoding: whole texts, two CPU cores").items()
-    alone = "".join(text for name, text in sections.items() if "H100" in name)
-    # What is predicted is the second's: tests/test_predict.py.
-    rows, _ = readme_tables("speed")
-    # A row's name has the sampler, and the dense head's speed.
-    assert [row[1:] for row in rows[:2]] == [
-        [name.split(", ")[1], *row[:2]] for name, row in texts
-    ]
-    for row in rows[2:]:
-        assert len(row) == 4
-        for figure in row[1:]:
-            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]\d)", alone), (
-                figure
+def test_the_first_table_of_the_results_is_what_the_details_say():
+    """Each row's figures stand in the section that it links to, with the command."""
+    sections = results_sections()
+    (head, *rows) = next(s.tables[0] for s in sections.values() if s.tables)
+    assert head[2:5] == ["dense", "approximate", "exact"] and len(rows) >= 10
+    for row in rows:
+        assert len(row) == len(head)
+        ((anchor, command),) = re.findall(r"\]\(#(.+?)\), `(.+?)`", row[-1])
+        text = sections[anchor].text
+        assert command in text, row
+        for figure in figures(" ".join(row[2:5])):
+            assert re.search(rf"(?<![\d.,]){re.escape(figure)}(?![\d]|[.,]\d)", text), (
+                row,
+                figure,
             )
+
+
+def test_the_readme_says_what_the_results_say():
+    text = (ROOT / "README.md").read_text()
+    (said,) = re.findall(
+        r"two CPU cores: ([\d.]+) dense, ([\d.]+) exact, ([\d.]+) approximate", text
+    )
+    first = next(s.tables[0][1] for s in results_sections().values() if s.tables)
+    assert [first[2], first[4], first[3]] == list(said)
+    assert len(text.split()) <= 900
 
 
 def strings() -> list[str]:
