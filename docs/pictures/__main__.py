@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 HERE = Path(__file__).parent
-NAMES = ("retrieval", "sequence", "predicted", "conversion_time")
+NAMES = ("retrieval", "sequence", "fidelity", "predicted", "conversion_time")
 
 
 @click.command()
