@@ -48,7 +48,7 @@ def test_a_picture_is_what_its_script_draws(name, made):
     assert shown_in(new) == shown_in(kept)
 
 
-@pytest.mark.parametrize("name", DRAWN)
+@pytest.mark.parametrize("name", [*DRAWN, "demo"])
 def test_a_document_shows_the_picture(name):
     documents = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), RESULTS]
     pattern = rf"!\[[^\]]+\]\([\w./]*pictures/{name}\.svg\)"
