@@ -17,10 +17,13 @@ MLX compiles CUDA kernels as they are first used, seconds each, and keeps them o
 counts.
 
 ``--select-rereads`` has the selection make its keys again in each pass, where else it
-keeps them in registers.
+keeps them in registers. ``--stage-1`` and ``--conversion`` time nothing but ways to do
+one thing, in turn: stage 1 by MLX's product and by forms of the kernel, alone and in
+the greedy step; and what makes floats of quantized weights.
 
 usage: python benchmarks/kernels.py [--steps 64] [--models NAME ...]
        [--batch-sizes 1 2 4 ...] [--shard I/N] [--select-rereads]
+       [--stage-1] [--conversion]
 """
 
 import argparse
@@ -28,6 +31,7 @@ import importlib
 from contextlib import nullcontext
 from functools import partial
 
+import kernel_variants as variants
 import mlx.core as mx
 
 from mlx_flashhead import kernels
@@ -254,9 +258,20 @@ def main() -> None:
     parser.add_argument(
         "--select-rereads", action="store_true", help="keep no keys in registers"
     )
+    parser.add_argument(
+        "--stage-1", action="store_true", help="compare ways to score centroids"
+    )
+    parser.add_argument(
+        "--conversion", action="store_true", help="compare ways to unpack weights"
+    )
     options = parser.parse_args()
     from mlx_flashhead.kernels import doctor
 
+    compared = [variants.stage_1] * options.stage_1
+    compared += [variants.conversion] * options.conversion
+    if compared and kernels.kind() == "plain":
+        print("no GPU back-end here: no kernel to compare")
+        return
     if options.select_rereads:
         module = importlib.import_module("mlx_flashhead.kernels.select_probes")
         module.IN_REGISTERS = 0
@@ -266,6 +281,10 @@ def main() -> None:
     for name in options.models:
         V, D = MODELS[name]
         print(f"\n{name}: vocab_size {V}, hidden_size {D}", flush=True)
+        for compare in compared:
+            variants.show(compare(V, D, CLUSTER_SIZE, options.steps))
+        if compared:
+            continue
         shard = tuple(map(int, options.shard.split("/")))
         result = measure(V, D, options.steps, options.batch_sizes, shard)
         if shard == (0, 1):

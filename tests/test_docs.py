@@ -116,7 +116,7 @@ import sys
 sys.path.insert(0, "benchmarks")
 import kernels
 kernels.MODELS = {"small": (2048, 64)}
-sys.argv = ["kernels.py", "--steps", "1"]
+sys.argv = ["kernels.py", "--steps", "1", *sys.argv[1:]]
 kernels.main()
 """
 # Options that make a command short, added to it.
@@ -277,8 +277,9 @@ def outputs(command: str) -> list[str]:
 
 def smaller(command: str, port: int) -> str:
     """The command as the test runs it."""
-    if command == "python benchmarks/kernels.py":
-        return f"python -c '{SMALL_KERNELS}'"
+    kernels = "python benchmarks/kernels.py"
+    if command.startswith(kernels):
+        return f"python -c '{SMALL_KERNELS}'{command.removeprefix(kernels)}"
     for long, short in SMALLER.items():
         command = re.sub(rf"{re.escape(long)}(?!\S)", short, command)
     for start, options in SHORTER.items():

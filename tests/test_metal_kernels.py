@@ -12,12 +12,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from metal import emulator, reference
+from small_heads import expected, make_head, random_states
 from versions import kernels_need_metal
 
 from mlx_flashhead import kernels
 from mlx_flashhead.kernels import backend, doctor
 
-select_probes, probe_logits, blocks, draft = KERNELS = [
+centroid_logits, select_probes, probe_logits, blocks, draft = KERNELS = [
     importlib.import_module(f"mlx_flashhead.kernels.{name}") for name in doctor.KERNELS
 ]
 
@@ -80,12 +81,10 @@ def test_select_probes_breaks_ties_by_index(p, flush, kept, monkeypatch):
     np.testing.assert_array_equal(np.array(got), want)
 
 
-# ---- probe_logits ------------------------------------------------------------------
+# ---- probe_logits, centroid_logits ---------------------------------------------------
 
 
-def check_probe(case):
-    rows, probes = probe_logits.inputs(case), probe_logits.probed(case)
-    found = probe_logits._launch(rows, probes, 64)
+def check_logits(found, case, rows, probes):
     want, bound = reference.logits(
         *rows[:4], probes, case.group_size, case.bits, rows.n_rows, rows.bias
     )
@@ -97,6 +96,11 @@ def check_probe(case):
     return got
 
 
+def check_probe(case):
+    rows, probes = probe_logits.inputs(case), probe_logits.probed(case)
+    return check_logits(probe_logits._launch(rows, probes, 64), case, rows, probes)
+
+
 @pytest.mark.parametrize(
     "case",
     cases(
@@ -105,6 +109,40 @@ def check_probe(case):
 )
 def test_probe_logits(case):
     check_probe(case)
+
+
+@pytest.mark.parametrize(
+    "case", cases(centroid_logits, lambda case: case.D > 640 or case.scales)
+)
+def test_centroid_logits(case):
+    rows = centroid_logits.inputs(case)
+    every = mx.broadcast_to(mx.arange(case.C, dtype=mx.uint32), (case.B, case.C))
+    check_logits(centroid_logits._launch(rows, 64), case, rows, every)
+
+
+def test_stage_1_adds_a_bias(monkeypatch):
+    """In the kernel, but where there are many states: there MLX does."""
+    monkeypatch.setattr(kernels, "kind", lambda: "metal")
+    head = make_head(bias=True).head
+    x = random_states(8)
+    want = expected(head, x).centroid_logits
+    for n, used in ((2, ["centroid_logits"]), (8, [])):
+        backend.states.clear()
+        got = head.centroid_logits(mx.array(x[:n]))
+        np.testing.assert_allclose(np.array(got), want[:n], atol=1e-4)
+        assert [variant.split("(")[0] for variant in backend.states] == used
+
+
+def test_stage_1_is_left_to_mlx():
+    """Where MLX's kernels share what they read, or its fastest takes the size."""
+    for case in (
+        probe_logits.Case(mx.bfloat16, 4, 64, 640, 1, B=8),
+        probe_logits.Case(mx.bfloat16, 4, 64, 640, 1, B=0),
+        probe_logits.Case(mx.bfloat16, 4, 64, 1024, 1, B=1),
+        probe_logits.Case(mx.bfloat16, 0, 32, 640, 1, B=1),
+    ):
+        assert centroid_logits.centroid_logits(centroid_logits.inputs(case)) is None
+    assert not backend.states
 
 
 def test_padding_is_minus_infinity():

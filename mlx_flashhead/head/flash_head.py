@@ -264,9 +264,18 @@ class FlashHead(nn.Module):
 
     def centroid_logits(self, x: mx.array) -> mx.array:
         """Stage 1: logit of each cluster's centroid, ``[B, C]``, for ``x [B, D]``; in
-        the dtype that MLX's product gives, or float32 where there is a bias."""
+        the dtype that MLX's product gives, or float32 where a kernel makes them or
+        there is a bias."""
+        bias = self.centroid_bias
+        if kernels.kind() != "plain":
+            one_each = self.centroids.map(lambda a: a[:, None])
+            of_each = None if bias is None else bias[:, None]
+            rows = _kernel_rows(x, one_each, self.n_clusters, of_each)
+            logits = None if rows is None else kernels.centroid_logits(rows)
+            if logits is not None:
+                return logits
         logits = self.centroids.fast_matmul(x)
-        return logits if self.centroid_bias is None else logits + self.centroid_bias
+        return logits if bias is None else logits + bias
 
     def select(
         self, centroid_logits: mx.array, n_probes: int | None = None
@@ -303,11 +312,7 @@ class FlashHead(nn.Module):
     def kernel_rows(self, x: mx.array) -> kernels.Rows | None:
         """Hidden states ``[B, D]`` and the rows, for kernels that score some of them;
         ``None`` where those cannot."""
-        rows = self.rows
-        if not rows.has_kernel(x.dtype):
-            return None
-        form = (rows.bits, rows.group_size or 32, self.vocab_size)
-        return kernels.Rows(x, *rows.arrays, *form, self.get("bias"))
+        return _kernel_rows(x, self.rows, self.vocab_size, self.get("bias"))
 
     def candidates(self, x: mx.array) -> Candidates:
         """Ids, uint32, and exact logits, float32, both ``[..., p * m]``, of what hidden
@@ -331,3 +336,14 @@ class FlashHead(nn.Module):
 def default_n_probes(n_clusters: int) -> int:
     """A sixteenth of the clusters: with clusters of 16, an eighth of the rows read."""
     return max(1, n_clusters // 16)
+
+
+def _kernel_rows(
+    x: mx.array, table: Table, n_rows: int, bias: mx.array | None
+) -> kernels.Rows | None:
+    """Hidden states ``[B, D]`` and a table ``[C, m, D]`` for kernels; ``None`` where
+    those cannot score it."""
+    if not table.has_kernel(x.dtype):
+        return None
+    form = table.bits, table.group_size or 32, n_rows
+    return kernels.Rows(x, *table.arrays, *form, bias)

@@ -7,6 +7,7 @@ once it has matched its plain reference on the device at hand (see ``backend``).
 
 from .backend import kind, plain
 from .blocks import probe_blocks
+from .centroid_logits import centroid_logits
 from .draft import draft, lowest
 from .law import Draft, Draw, Law, Tail
 from .noise import Noise
@@ -23,6 +24,7 @@ __all__ = [
     "Rows",
     "Shaping",
     "Tail",
+    "centroid_logits",
     "draft",
     "kind",
     "lowest",

@@ -13,7 +13,7 @@ import click
 
 from . import backend
 
-KERNELS = ("select_probes", "probe_logits", "blocks", "draft")
+KERNELS = ("centroid_logits", "select_probes", "probe_logits", "blocks", "draft")
 
 
 def report(run: bool = True) -> dict[str, Any]:

@@ -377,38 +377,17 @@ SAMPLED = """
 
     // Its logits: those that there are, or those of the rows, scored here.
     if (outside) {
-        constexpr int UNIT = unit_size(BITS);
-        constexpr int WORDS = UNIT * BITS / 32;
-        constexpr int UNITS = D / UNIT;
-        const device uint* from = (const device uint*)weight;
-        const device uint* x_words = (const device uint*)(x + size_t(row) * D);
         for (uint r = simd_gid; r < M; r += SIMDGROUPS) {
             uint number = cluster * M + r;
             bool real = number < settings[6];
-            number = real ? number : 0;
-            float logit = 0.0f;
-            for (uint unit = simd_lid; unit < UNITS; unit += 32) {
-                float v[UNIT];
-                uint w[WORDS];
-                load_floats<T, UNIT>(x_words, unit, v);
-                load_words<WORDS>(from + (size_t(number) * UNITS + unit) * WORDS, w);
-                float dot = 0.0f;
-                float sum_of_x = 0.0f;
-#pragma unroll
-                for (int i = 0; i < UNIT; i++) {
-                    dot += v[i] * (QUANTIZED ? unpack<BITS>(w, i) : element<T>(w, i));
-                    sum_of_x += v[i];
-                }
-                if (QUANTIZED) {
-                    size_t g = size_t(number) * (D / GROUP_SIZE)
-                        + unit * UNIT / GROUP_SIZE;
-                    dot = load(scales, g) * dot + load(biases, g) * sum_of_x;
-                }
-                logit += dot;
-            }
-            logit = simd_sum(logit);
+            uint numbers[1] = {real ? number : 0};
+            float value[1];
+            score_rows<T, D, BITS, GROUP_SIZE, QUANTIZED, 1, 32>(
+                (const device uint*)(x + size_t(row) * D), (const device uint*)weight,
+                scales, biases, numbers, simd_lid, value);
+            float logit = value[0];
             if (BIASED) {
-                logit += load(bias, number);
+                logit += load(bias, numbers[0]);
             }
             if (simd_lid == 0) {
                 scored[r] = real ? transformed<CAPPED>(logit, scale, cap) : -INFINITY;

@@ -23,89 +23,31 @@ BEGIN = """
     threadgroup float found[FINDS ? SIMDGROUPS * M : 1];
 """
 
-# One simdgroup scores one probed cluster, whose rows lie one after another. Eight
-# lanes share a row and read it side by side, 16 bytes or more each, so four rows are
-# read at once; a lane keeps ROWS such sets in flight and uses x for all of them. The
-# bits of a quantized weight become a float by or-ing them into the mantissa of 2^23,
-# which is exact. What is indexed by a loop's counter is an array in registers only if
-# the loop is unrolled, so all loops over ROWS, UNIT and WORDS say that they are.
-#
-# Lanes that share a scale read it at the same address, which the memory serves once. To
-# read it in one of them and shuffle would take the same load, which all lanes issue
-# together, and a shuffle more.
+# One simdgroup scores one probed cluster, whose rows lie one after another, four rows
+# side by side: eight lanes share a row.
 SCORE = """
-    constexpr int UNIT = unit_size(BITS);  // weights that a lane reads at a time
-    constexpr int WORDS = UNIT * BITS / 32;
-    constexpr int UNITS = D / UNIT;
-    constexpr int GROUPS = D / GROUP_SIZE;
     constexpr int ROWS = M > 12 ? 4 : (M + 3) / 4;
     constexpr int CHUNKS = (M + 4 * ROWS - 1) / (4 * ROWS);
-    static_assert(M >= 1 && D % UNIT == 0, "a row is whole units");
-    static_assert(UNIT * BITS == 32 * WORDS, "a unit is whole words");
-    static_assert(!QUANTIZED || (D % GROUP_SIZE == 0 && GROUP_SIZE % UNIT == 0),
-                  "a unit has one scale");
-    static_assert(!QUANTIZED || BITS <= 23, "weights fit the mantissa of 2^23");
+    static_assert(M >= 1, "a cluster has rows");
     uint n_rows = sizes[0];
     if (probe < n_probes) {
         size_t out = size_t(batch) * n_probes + probe;
         uint first = probes[out] * M;
-        const device uint* words = (const device uint*)weight;
-        const device uint* x_words = (const device uint*)(x + size_t(batch) * D);
-
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            // Where the rows and their groups begin.
-            const device uint* row_words[ROWS];
-            size_t row_groups[ROWS];
-            float acc[ROWS];
+            uint numbers[ROWS];
+            float values[ROWS];
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
                 uint row = (chunk * ROWS + r) * 4 + simd_lid / 8;
-                size_t at = min(first + min(row, uint(M - 1)), n_rows - 1);
-                row_words[r] = words + at * (UNITS * WORDS);
-                row_groups[r] = at * GROUPS;
-                acc[r] = 0.0f;
+                numbers[r] = min(first + min(row, uint(M - 1)), n_rows - 1);
             }
-            for (int unit = simd_lid % 8; unit < UNITS; unit += 8) {
-                float v[UNIT];
-                load_floats<T, UNIT>(x_words, unit, v);
-                uint w[ROWS][WORDS];
-#pragma unroll
-                for (int r = 0; r < ROWS; r++) {
-                    load_words<WORDS>(row_words[r] + unit * WORDS, w[r]);
-                }
-                if (QUANTIZED) {
-                    int group = unit * UNIT / GROUP_SIZE;
-                    float sum = 0.0f;
-#pragma unroll
-                    for (int i = 0; i < UNIT; i++) {
-                        sum += v[i];
-                    }
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++) {
-                        float dot = 0.0f;
-#pragma unroll
-                        for (int i = 0; i < UNIT; i++) {
-                            dot += v[i] * unpack<BITS>(w[r], i);
-                        }
-                        size_t at = row_groups[r] + group;
-                        acc[r] += load(scales, at) * dot + load(biases, at) * sum;
-                    }
-                } else {
-#pragma unroll
-                    for (int r = 0; r < ROWS; r++) {
-#pragma unroll
-                        for (int i = 0; i < UNIT; i++) {
-                            acc[r] += v[i] * element<T>(w[r], i);
-                        }
-                    }
-                }
-            }
+            score_rows<T, D, BITS, GROUP_SIZE, QUANTIZED, ROWS, 8>(
+                (const device uint*)(x + size_t(batch) * D),
+                (const device uint*)weight, scales, biases, numbers, simd_lid % 8,
+                values);
 #pragma unroll
             for (int r = 0; r < ROWS; r++) {
-                float value = acc[r];
-                value += simd_shuffle_xor(value, ushort(1));
-                value += simd_shuffle_xor(value, ushort(2));
-                value += simd_shuffle_xor(value, ushort(4));
+                float value = values[r];
                 uint row = (chunk * ROWS + r) * 4 + simd_lid / 8;
                 bool real = row < uint(M) && first + row < n_rows;
                 if (row < uint(M) && simd_lid % 8 == 0) {
@@ -284,14 +226,19 @@ def _check(code: Case, threads: int) -> None:
 
 def validate(rows: Rows, probes: mx.array) -> None:
     """Raise ValueError unless rows and probes are what :func:`probe_logits` takes."""
+    validate_rows(rows)
+    B = len(rows.x)
+    if probes.ndim != 2 or probes.shape[0] != B or probes.dtype != mx.uint32:
+        raise ValueError(
+            f"probes must be uint32 [{B}, p], not {probes.dtype} {probes.shape}"
+        )
+
+
+def validate_rows(rows: Rows) -> None:
+    """Raise ValueError unless rows are what :func:`probe_logits` takes."""
     x, weight, scales, biases, bits, group_size, n_rows, bias = rows
     if x.ndim != 2 or x.shape[1] % 32:
         raise ValueError(f"x must be [B, D] with D a multiple of 32, not {x.shape}")
-    if probes.ndim != 2 or probes.shape[0] != x.shape[0] or probes.dtype != mx.uint32:
-        raise ValueError(
-            f"probes must be uint32 [{x.shape[0]}, p], "
-            f"not {probes.dtype} {probes.shape}"
-        )
     if weight.ndim != 3 or not 1 <= weight.shape[1] <= 128:
         raise ValueError(f"weight must be [C, m, D], m up to 128, not {weight.shape}")
     n = weight.shape[0] * weight.shape[1]
