@@ -134,7 +134,8 @@ def page(found: list[dict[str, Any]]) -> str:
     if not found:
         results = (
             "There are none yet: nobody has run this on a Mac and shared it. What is\n"
-            "predicted is in [benchmarks/RESULTS.md](../benchmarks/RESULTS.md)."
+            "predicted is in [benchmarks/RESULTS.md](../benchmarks/RESULTS.md).\n\n"
+            "![Predicted, not measured: tokens per second](pictures/predicted.svg)"
         )
     else:
         results = (

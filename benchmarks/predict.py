@@ -152,26 +152,40 @@ def possible(law: Law, chip: str) -> Iterator[Law]:
         yield replace(law, slow=law.fast)
 
 
+def laws() -> list[Law]:
+    """The law, and those that are fitted without each of the chips."""
+    rows = load()
+    return [fit(fitted_on(rows)), *leave_one_out(rows).values()]
+
+
+def by_chip(
+    laws: list[Law], sampler: str, bits: int
+) -> list[tuple[list[str], list[Prediction]]]:
+    """Chips that nothing here tells apart, and their predictions for SHOWN."""
+    found: dict[str, tuple[list[str], list[Prediction]]] = {}
+    for chip in BANDWIDTH:
+        each = [predict(laws, MODELS[m], chip, sampler, bits) for m in SHOWN]
+        found.setdefault("|".join(map(str, each)), ([], each))[0].append(chip)
+    return list(found.values())
+
+
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--bits", default="8", type=click.Choice(["4", "8", "16"]), help="Of the head."
 )
 def main(bits: str) -> None:
     """Predict tokens per second by published speeds."""
-    rows = load()
-    laws = [fit(fitted_on(rows)), *leave_one_out(rows).values()]
+    fitted = laws()
     for sampler in LAUNCHES:
         click.echo(
             f"Predicted, not measured: tokens/s, {sampler}, body of {BODY_BITS} bits, "
             f"dense {bits}-bit head → approximate → exact (times dense, from least to "
             "most: approximate, exact)\n"
         )
-        # Chips that nothing here tells apart stand in one row.
-        chips: dict[tuple[str, ...], list[str]] = {}
-        for chip in BANDWIDTH:
-            each = (predict(laws, MODELS[m], chip, sampler, int(bits)) for m in SHOWN)
-            chips.setdefault(tuple(map(str, each)), []).append(chip)
-        table = [[", ".join(alike), *cells] for cells, alike in chips.items()]
+        table = [
+            [", ".join(chips), *map(str, each)]
+            for chips, each in by_chip(fitted, sampler, int(bits))
+        ]
         click.echo(markdown_table([["", *SHOWN], *table]) + "\n")
 
 

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import tomllib
-import xml.dom.minidom
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import entry_points
@@ -561,10 +560,6 @@ def test_every_document_is_linked_from_the_readme():
         assert f"({file.relative_to(ROOT)})" in text, file
 
 
-def results() -> str:
-    return (ROOT / "benchmarks/RESULTS.md").read_text()
-
-
 def figures(text: str) -> list[str]:
     return re.findall(r"\d[\d,.]*\d|\d", text)
 
@@ -599,48 +594,6 @@ def test_the_readme_says_what_the_results_say():
     first = next(s.tables[0][1] for s in results_sections().values() if s.tables)
     assert [first[2], first[4], first[3]] == list(said)
     assert len(text.split()) <= 900
-
-
-def shown_in(svg: str) -> set[str]:
-    """Texts of a picture: matplotlib draws them, and notes each beside its outlines."""
-    return set(re.findall(r"<!-- (.+?) -->", svg, flags=re.S))
-
-
-PICTURES = ROOT / "docs/pictures"
-
-
-@pytest.mark.parametrize("name", ["retrieval", "sequence"])
-def test_a_picture_is_what_its_script_draws(name, tmp_path):
-    out = tmp_path / "picture.svg"
-    script = str(PICTURES / f"{name}.py")
-    subprocess.run([sys.executable, script, "--out", str(out)], check=True)
-    kept = (PICTURES / f"{name}.svg").read_text()
-    made = out.read_text()
-    assert made.startswith("<?xml") and len(made) < 100_000 and len(kept) < 100_000
-    assert shown_in(made) == shown_in(kept)
-
-
-def test_a_recording_shows_what_was_written(tmp_path):
-    out = tmp_path / "recording.svg"
-    code = "print('a < b' + 100 * 'x'); print('\N{DEGREE SIGN}', end='')"
-    words = [sys.executable, PICTURES / "recording.py", "--out", out]
-    subprocess.run([*words, sys.executable, "-c", code], check=True)
-    picture = xml.dom.minidom.parse(str(out))
-    command, *lines = picture.getElementsByTagName("text")
-    shown = ["".join(s.firstChild.data for s in line.childNodes) for line in lines]
-    assert command.firstChild.data.startswith("$ ")
-    assert shown == ["a < b" + 87 * "x", 13 * "x", "\N{DEGREE SIGN}"]
-
-
-def test_the_figures_of_the_picture_are_those_of_the_results():
-    kept = (PICTURES / "retrieval.svg").read_text()
-    totals = {t for t in shown_in(kept) if t.endswith(" MB a token")}
-    assert len(totals) == 2
-    # The row of the dense head and that of the stored number of probes.
-    for total in totals:
-        megabytes = total.split()[0]
-        rows = rf"^(dense 8-bit|FlashHead 1024 \*) .*% +{re.escape(megabytes)} "
-        assert re.search(rows, results(), flags=re.M), total
 
 
 def strings() -> list[str]:

@@ -2,7 +2,7 @@
 
     python docs/pictures/recording.py [--out FILE.svg] [COMMAND ...]
 
-The command, by default ``mlx_flashhead.demo``, runs in a terminal of its own; what it
+The command, by default ``make demo``, runs in a terminal of its own; what it
 writes appears in the picture as it did then, only waits are cut to a second. Run the
 command once before, so that nothing is converted or compiled.
 """
@@ -21,7 +21,7 @@ from html import escape
 import click
 
 FILE = pathlib.Path(__file__).with_name("demo.svg")
-DEMO = ("mlx_flashhead.demo", "--max-tokens", "48")
+DEMO = ("make", "demo")
 
 COLUMNS, FONT_SIZE, LINE = 92, 13, 18
 LONGEST_WAIT, STAY = 1.0, 8.0  # seconds

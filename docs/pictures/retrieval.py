@@ -1,23 +1,15 @@
-"""Draw what FlashHead does, with Gemma 3 270M's sizes: docs/pictures/retrieval.svg.
+"""What FlashHead does, with Gemma 3 270M's sizes.
 
-    python docs/pictures/retrieval.py [--out FILE.svg]
-
-Needs matplotlib. The megabytes follow from the sizes: rows of 8 bits, centroids of 4,
-a scale and an offset of 16 bits for every 64 weights, one float for every bonus.
+The megabytes follow from the sizes: rows of 8 bits, centroids of 4, a scale and an
+offset of 16 bits for every 64 weights, one float for every bonus.
 """
 
 from __future__ import annotations
 
-import pathlib
-
-import click
-import matplotlib
+from drawing import FLASH, IDLE, INK, READ, TAIL, Picture, paper, say
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, PathPatch, Rectangle
 from matplotlib.path import Path
-
-FILE = pathlib.Path(__file__).with_name("retrieval.svg")
 
 V, D = 262_144, 640
 CLUSTER_SIZE = 16
@@ -25,7 +17,6 @@ C = V // CLUSTER_SIZE
 P = C // 16
 GROUP_SIZE = 64
 
-READ, CENTROID, TAIL, IDLE, INK = "#1f6fb4", "#d9822b", "#3c9d5b", "#dfe3e8", "#1c2733"
 # One drawn cluster in 16 is probed, as in the model.
 COLUMNS, LINES = 12, 16
 PROBED = {(0, 2), (1, 9), (2, 5), (3, 13), (5, 3), (5, 4), (6, 11), (7, 7)} | {
@@ -51,11 +42,6 @@ def megabytes() -> dict[str, float]:
     }
 
 
-def _say(ax: Axes, x: float, y: float, text: str, **options) -> None:
-    options = {"color": INK, "ha": "center", "va": "center", "fontsize": 10} | options
-    ax.text(x, y, text, **options)
-
-
 def _arrow(ax: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
     style = {"arrowstyle": "-|>", "mutation_scale": 12, "color": INK, "lw": 1.2}
     ax.add_patch(FancyArrowPatch(start, end, **style))
@@ -79,39 +65,39 @@ def _cells(ax: Axes, left: float, bottom: float, color_of) -> None:
 
 def _state(ax: Axes, x: float, y: float) -> None:
     ax.add_patch(Rectangle((x, y - 0.9), 0.28, 1.8, facecolor="white", edgecolor=INK))
-    _say(ax, x + 0.14, y, "h")
+    say(ax, x + 0.14, y, "h")
 
 
-def draw() -> Figure:
+def draw() -> Picture:
     """The picture."""
     mb = megabytes()
-    figure = Figure((10, 4.5), facecolor="white")
+    figure = paper(10, 4.5)
     ax = figure.add_axes((0, 0, 1, 1))
     ax.set(xlim=(0, 20), ylim=(0, 9))
     ax.axis("off")
 
-    _say(ax, 3.9, 8.4, "Dense head", fontsize=14, weight="bold")
+    say(ax, 3.9, 8.4, "Dense head", fontsize=14, weight="bold")
     _state(ax, 0.5, 4.5)
     _arrow(ax, (0.9, 4.5), (1.65, 4.5))
     _cells(ax, 1.8, 2, lambda _: READ)
     _arrow(ax, (5.85, 4.5), (6.6, 4.5))
-    _say(ax, 7.0, 4.5, "token")
-    _say(ax, 3.8, 7.5, f"all {V:,} rows")
-    _say(ax, 3.9, 0.8, f"{mb['dense']:.1f} MB a token", fontsize=14, color=READ)
+    say(ax, 7.1, 4.5, "token")
+    say(ax, 3.8, 7.5, f"all {V:,} rows")
+    say(ax, 3.9, 0.8, f"{mb['dense']:.1f} MB a token", fontsize=14, color=READ)
 
     ax.plot([8.1, 8.1], [0.5, 8.6], color=IDLE, lw=1.2)
 
-    _say(ax, 14.2, 8.4, "FlashHead", fontsize=14, weight="bold")
+    say(ax, 14.2, 8.4, "FlashHead", fontsize=14, weight="bold")
     _state(ax, 8.7, 4.5)
     _arrow(ax, (9.1, 4.5), (9.85, 4.5))
     for line in range(LINES):
         corner = (10, 2 + line * 5 / LINES)
-        ax.add_patch(Rectangle(corner, 0.8, 0.78 * 5 / LINES, color=CENTROID, lw=0))
-    _say(ax, 10.4, 7.5, f"1. all {C:,}\ncentroids", fontsize=9.5)
-    _say(ax, 10.4, 1.55, f"{mb['centroids']:.1f} MB", color=CENTROID)
+        ax.add_patch(Rectangle(corner, 0.8, 0.78 * 5 / LINES, color=FLASH, lw=0))
+    say(ax, 10.4, 7.5, f"1. all {C:,}\ncentroids", fontsize=9.5)
+    say(ax, 10.4, 1.55, f"{mb['centroids']:.1f} MB", color=FLASH)
     _arrow(ax, (10.95, 4.5), (12.25, 4.5))
-    _say(ax, 11.55, 4.95, "best", fontsize=9)
-    _say(ax, 11.55, 4.1, f"{P:,}", fontsize=9)
+    say(ax, 11.55, 4.95, "best", fontsize=9)
+    say(ax, 11.55, 4.1, f"{P:,}", fontsize=9)
 
     def color_of(cell: tuple[int, int]) -> str:
         if cell == DRAWN_FROM_TAIL:
@@ -119,11 +105,11 @@ def draw() -> Figure:
         return READ if cell in PROBED else IDLE
 
     _cells(ax, 12.4, 2, color_of)
-    _say(ax, 14.4, 7.5, f"2. the rows of these {P:,}\nclusters of {CLUSTER_SIZE}")
-    _say(ax, 14.4, 1.55, f"{mb['rows']:.1f} MB", color=READ)
+    say(ax, 14.4, 7.5, f"2. the rows of these {P:,}\nclusters of {CLUSTER_SIZE}")
+    say(ax, 14.4, 1.55, f"{mb['rows']:.1f} MB", color=READ)
     _arrow(ax, (16.45, 4.5), (17.2, 4.5))
-    _say(ax, 17.65, 4.5, "token")
-    _say(
+    say(ax, 17.65, 4.5, "token")
+    say(
         ax,
         18.25,
         6.5,
@@ -133,18 +119,9 @@ def draw() -> Figure:
         fontsize=9,
     )
     total = mb["centroids"] + mb["rows"]
-    _say(ax, 14.2, 0.8, f"{total:.1f} MB a token", fontsize=14, color=READ)
-    return figure
-
-
-@click.command()
-@click.option("--out", default=str(FILE), help="Where to.  [default: beside this]")
-def main(out: str) -> None:
-    """Draw what FlashHead does."""
-    # The same file each time: no date, and names that are not random.
-    matplotlib.rcParams["svg.hashsalt"] = "flashhead"
-    draw().savefig(out, metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    main()
+    say(ax, 14.2, 0.8, f"{total:.1f} MB a token", fontsize=14, color=READ)
+    return Picture(
+        figure,
+        f"A decoded token of Gemma 3 270M reads {mb['dense']:.1f} MB with the dense "
+        f"head, {total:.1f} MB with FlashHead.",
+    )

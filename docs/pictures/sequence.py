@@ -1,28 +1,20 @@
-"""Draw eight tokens, dense, exact and exact with a miss: docs/pictures/sequence.svg.
+"""Eight tokens: dense, exact, and exact with a miss.
 
-    python docs/pictures/sequence.py [--out FILE.svg]
-
-Needs matplotlib. Widths are the megabytes that are read, with the sizes of Gemma 3 270M
-and all weights in 8 bits; launches and the host take time besides.
+Widths are the megabytes that are read, with the sizes of Gemma 3 270M and all weights
+in 8 bits; launches and the host take time besides.
 """
 
 from __future__ import annotations
 
-import pathlib
-
-import click
-import matplotlib
+from drawing import FLASH, IDLE, INK, READ, Picture, paper, say
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from retrieval import IDLE, INK, READ, megabytes, row_bytes
-
-FILE = pathlib.Path(__file__).with_name("sequence.svg")
+from retrieval import megabytes, row_bytes
 
 BODY_ROWS = 156_704  # as many weights as the body has, in rows of D
 N_TOKENS = 8
 MISS = 5
-BODY, DENSE, DRAFT = IDLE, READ, "#d9822b"
+BODY, DENSE, DRAFT = IDLE, READ, FLASH
 
 
 def widths() -> tuple[float, float, float]:
@@ -37,7 +29,7 @@ class Line:
 
     def __init__(self, ax: Axes, y: float, name: str):
         self.ax, self.y, self.x = ax, y, 0.0
-        ax.text(0, y + 0.62, name, color=INK, fontsize=11, weight="bold")
+        say(ax, 0, y + 0.7, name, ha="left", fontsize=11, weight="bold")
 
     def block(self, width: float, color: str, text: str = "", wasted=False) -> None:
         """A block of so many megabytes; hatched where it is thrown away."""
@@ -50,30 +42,23 @@ class Line:
                 edgecolor="white",
                 lw=0.8,
                 hatch="////" if wasted else None,
-                alpha=0.55 if wasted else 1,
             )
         )
-        self.ax.text(
-            self.x + width / 2,
-            self.y + 0.24,
-            text,
-            color=INK if color == BODY else "white",
-            ha="center",
-            va="center",
-            fontsize=8.5,
-        )
+        ink = INK if color == BODY else "white"
+        say(self.ax, self.x + width / 2, self.y + 0.24, text, color=ink, fontsize=8.5)
         self.x += width
 
-    def total(self) -> None:
+    def total(self) -> str:
         """What all of it reads."""
         text = f"{self.x:,.0f} MB"
-        self.ax.text(self.x + 25, self.y + 0.24, text, va="center", color=INK)
+        say(self.ax, self.x + 25, self.y + 0.24, text, ha="left")
+        return text
 
 
-def draw() -> Figure:
+def draw() -> Picture:
     """The picture."""
     body, dense, draft = widths()
-    figure = Figure((10, 4.2), facecolor="white")
+    figure = paper(10, 4.2)
     ax = figure.add_axes((0.02, 0.02, 0.96, 0.96))
     ax.axis("off")
 
@@ -81,7 +66,7 @@ def draw() -> Figure:
     for i in range(N_TOKENS):
         line.block(body, BODY, str(i + 1))
         line.block(dense, DENSE)
-    line.total()
+    totals = [line.total()]
     ax.set(xlim=(-10, line.x + 260), ylim=(-0.75, 4.3))
 
     line = Line(ax, 1.9, f"Exact: {N_TOKENS} drafted, one dense product verifies them")
@@ -91,7 +76,7 @@ def draw() -> Figure:
         if i < N_TOKENS - 1:
             line.block(draft, DRAFT)
     line.block(dense, DENSE, "verify")
-    line.total()
+    totals.append(line.total())
 
     line = Line(
         ax,
@@ -109,7 +94,7 @@ def draw() -> Figure:
         if i < N_TOKENS - 1:
             line.block(draft, DRAFT)
     line.block(dense, DENSE, "verify")
-    line.total()
+    totals.append(line.total())
 
     at = 0.0
     for color, text in (
@@ -118,22 +103,14 @@ def draw() -> Figure:
         (DRAFT, f"FlashHead, {draft:.0f} MB"),
     ):
         ax.add_patch(Rectangle((at, -0.5), 50, 0.3, facecolor=color))
-        ax.text(at + 65, -0.36, text, va="center", color=INK, fontsize=9.5)
+        say(ax, at + 65, -0.36, text, ha="left", fontsize=9.5)
         at += 560
     ax.add_patch(
         Rectangle((at, -0.5), 50, 0.3, facecolor=BODY, edgecolor="white", hatch="////")
     )
-    ax.text(at + 65, -0.36, "thrown away", va="center", color=INK, fontsize=9.5)
-    return figure
-
-
-@click.command()
-@click.option("--out", default=str(FILE), help="Where to.  [default: beside this]")
-def main(out: str) -> None:
-    """Draw how exact decoding drafts and verifies."""
-    matplotlib.rcParams["svg.hashsalt"] = "flashhead"
-    draw().savefig(out, metadata={"Date": None})
-
-
-if __name__ == "__main__":
-    main()
+    say(ax, at + 65, -0.36, "thrown away", ha="left", fontsize=9.5)
+    return Picture(
+        figure,
+        f"{N_TOKENS} tokens of Gemma 3 270M read {totals[0]} with the dense head, "
+        f"{totals[1]} decoded exactly, and {totals[2]} with a miss.",
+    )

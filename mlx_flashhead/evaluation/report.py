@@ -53,7 +53,7 @@ def table(result: dict[str, Any]) -> str:
                 x = values[key]
                 percent = form == "percent"
                 cells.append(
-                    f"{100 * x:{width}.2f}" if percent else f"{x:{width}{form}}"
+                    f"{100 * x:{width}.2f}" if percent else f"{x:z{width}{form}}"
                 )
             lines.append("".join(cells))
     lines.append(f"\n{_LEGEND}")
