@@ -52,6 +52,6 @@ def test_every_rank_draws_the_same_tokens(written):
 
 def test_the_tokens_are_those_of_one_process(written, untied_folder):
     """Drawn by the seed of the first."""
-    wanted = ranks.texts(lambda exact: load(untied_folder, exact=exact), seed=0)
+    wanted = ranks.texts(lambda exact: load(untied_folder, exact=exact), ranks.SEED)
     for name, text in wanted.items():
         assert written[0][name] == text, name
