@@ -209,7 +209,7 @@ def measure(
     for name, function, B, plain, options in runs[shard[0] :: shard[1]]:
         with kernels.plain() if plain else nullcontext():
             chunk = options.pop("chunk", 1)
-            time_us = chain(function, states[:B] + 0, steps // chunk, **options)
+            time_us = chain(function, states[:B] + 0, max(1, steps // chunk), **options)
             result[name] = time_us / chunk
     return result
 

@@ -191,6 +191,8 @@ class Place:
         sources = folder / "sources"
         self._publish("google/gemma-3-1b-it", "gemma3_text", sources / "gemma")
         self._publish("mlx-community/Qwen3-8B-4bit", "qwen3", sources / "qwen")
+        for name in ("Qwen/Qwen3-0.6B", "mlx-community/Qwen3-0.6B-8bit"):
+            self._add(name, sources / "qwen")
         for source, name in (
             ("gemma", "gemma-3-1b-flash"),
             ("qwen", "qwen3-0.6b-flash"),
