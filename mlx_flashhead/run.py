@@ -22,7 +22,8 @@ OPTIONS = [
     click.Option(
         ["--n-probes"],
         type=click.IntRange(min=1),
-        help="Clusters probed per token; fewer are faster and less faithful."
+        help="Clusters probed per token; fewer are faster, and where decoding is "
+        "approximate less faithful."
         "  [default: the converted number]",
     ),
     click.Option(["--dense"], is_flag=True, help="Use the dense head."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import json
 import os
 import pkgutil
@@ -66,7 +67,12 @@ ELSEWHERE = {
         ".github/workflows/apple-silicon.yml",
         "make test-${{ matrix.versions }}",
     ),
-    "pip install .": (
+    "python3 -m venv .venv && source .venv/bin/activate": (
+        "is where the tests run",
+        "Makefile",
+        "$(PYTHON) -m venv .venv",
+    ),
+    "pip install -e .": (
         "changes the tests' environment; the wheel is installed in one of its own",
         "tests/test_packaging.py",
         '"install", "--no-index", "--no-deps", wheel',
@@ -489,6 +495,11 @@ def test_defaults_are_as_documented(name):
         listed = isinstance(default, (list, tuple))
         text = ",".join(default) if listed else str(default)
         assert known <= {text, f"the {text}"} or not text, f"{name} {option.name}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_a_module_of_its_name(name):
+    assert importlib.util.find_spec(name) is not None
 
 
 def test_the_readme_has_every_command():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 import os
 import platform
 from collections.abc import Iterator
@@ -70,8 +71,9 @@ def blas_hint() -> str | None:
     maps = Path("/proc/self/maps")
     if not maps.exists() or "libopenblas" in maps.read_text():
         return None
+    there = ctypes.util.find_library("openblas") is not None
+    install = "" if there else "apt-get install libopenblas0-pthread, then "
     return (
         "Note: MLX's CPU back-end carries a slow BLAS. For many times the speed: "
-        "apt-get install libopenblas0-pthread, then run with "
-        "LD_PRELOAD=libopenblas.so.0"
+        f"{install}run with LD_PRELOAD=libopenblas.so.0"
     )

@@ -190,7 +190,8 @@ class Tuner:
         if plan.dense:
             self._once(
                 f"{group} decoding is faster dense on this device: nothing is drafted "
-                "(mlx_flashhead.tune shows it, MLX_FLASHHEAD_TUNE=0 drafts)"
+                "(mlx_flashhead.tune shows it, and with --reset measures again; "
+                "MLX_FLASHHEAD_TUNE=0 drafts)"
             )
         return found
 

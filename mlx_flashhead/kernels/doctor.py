@@ -84,7 +84,7 @@ def describe() -> str:
     return f"{checked['device']} ({checked['backend']}), {versions}"
 
 
-@click.command()
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(as_json: bool) -> None:
     """Check the kernels on this machine and print a report."""
