@@ -51,7 +51,7 @@ def main(folder: str | None, text: str, tokens: int) -> None:
             f"{n_probes:,} probes, {100 * head.rows_read() / head.vocab_size:.1f} % of "
             f"the rows read: on {len(states)} tokens recall "
             f"{100 * found.recall.mean():.2f} %, same best token "
-            f"{100 * found.agreement.mean():.2f} %, KL {found.kl().mean():.4f} nats"
+            f"{100 * found.agreement.mean():.2f} %, KL {found.kl().mean():z.4f} nats"
         )
 
 
