@@ -105,13 +105,17 @@ def exact(setup: Setup, sampler: str) -> list[str]:
     slot, settings = setup.slot, read_sampler(make_sampler(**setup.options))
     stored = slot.head.n_probes, slot.verify_every
     ran: dict[tuple[int, int], float] = {}
-    for p, k in product((stored[0], stored[0] // 2), SIZES):
+
+    def run(way: tuple[int, int]) -> None:
         setup.pinned(None)
-        slot.head.n_probes, slot.verify_every = p, k
-        ran[p, k] = setup.seconds()
-        if (p, k) == stored:
+        slot.head.n_probes, slot.verify_every = way
+        ran[way] = setup.seconds()
+        slot.head.n_probes, slot.verify_every = stored
+
+    for way in product((stored[0], stored[0] // 2), SIZES):
+        run(way)
+        if way == stored:
             accepted = setup.acceptance
-    slot.head.n_probes, slot.verify_every = stored
     draft = Draft(*stored, accepted)
     setup.pinned(draft)
     cells = ("dense", 1), ("draft", stored[0]), ("verify", stored[1])
@@ -128,10 +132,7 @@ def exact(setup: Setup, sampler: str) -> list[str]:
         plan = cheapest(times, watch(slot, times).acceptance)
         chosen = (stored[0], 0) if plan.dense else plan[:2]
         if chosen not in ran:
-            setup.pinned(None)
-            slot.head.n_probes, slot.verify_every = chosen
-            ran[chosen] = setup.seconds()
-            slot.head.n_probes, slot.verify_every = stored
+            run(chosen)
             setup.pinned(draft)
 
     def words(way: tuple[int, int]) -> str:

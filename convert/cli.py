@@ -13,7 +13,7 @@ import click
 from click.core import ParameterSource
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 
-from mlx_flashhead.cli import one_line_errors
+from mlx_flashhead.cli import HELP, one_line_errors
 from mlx_flashhead.compute.device import blas_hint, disable_tf32
 
 from .pipeline import GROUP_SIZES, HEAD_BITS, Q_MODES, ConvertError, convert
@@ -52,9 +52,7 @@ def _upgrade(ctx: click.Context, folder: str, options: dict[str, Any]) -> str:
     return upgraded(folder, options["sidecar"], options["overwrite"])
 
 
-@click.command(
-    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]}
-)
+@click.command(context_settings={"show_default": True, **HELP})
 @click.option("--hf-path", "--model", help="Hugging Face id, or a local folder.")
 @click.option("--gguf-path", help="A GGUF file: llama, gemma3, qwen2 or qwen3.")
 @click.option("--mlx-path", help="Folder to make.  [default: mlx_model]")

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint, distribution
 import click
 
 from . import __version__
+from .cli import HELP
 
 
 def _commands() -> dict[str, EntryPoint]:
@@ -38,7 +39,7 @@ main = _Commands(
     "mlx_flashhead",
     help="FlashHead for mlx-lm's models. Each command is also mlx_flashhead.COMMAND, "
     "and says with --help what it takes.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
     subcommand_metavar="COMMAND [ARGS]...",
 )
 click.version_option(__version__, message="%(version)s")(main)

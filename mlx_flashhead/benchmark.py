@@ -12,7 +12,7 @@ import click
 from .benchmarking.benchmark import benchmark
 from .benchmarking.competitors import HEADS
 from .benchmarking.matrix import SAMPLERS
-from .cli import Listed, flashhead_option, one_line_errors
+from .cli import HELP, Listed, flashhead_option, one_line_errors
 from .compute.device import blas_hint
 
 
@@ -42,7 +42,7 @@ class _Command(click.Command):
         return super().parse_args(ctx, args)
 
 
-@click.command(cls=_Command, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=_Command, context_settings=HELP)
 @click.option("--model", required=True, help="A folder, or a hub id.")
 @click.option(
     "--against",

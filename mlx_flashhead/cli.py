@@ -101,6 +101,9 @@ class Listed(click.ParamType):  # type: ignore[type-arg]  # generic in new versi
         return tuple(dict.fromkeys(values))
 
 
+# Settings of every command of ours.
+HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"]}
+
 flashhead_option = click.option(
     "--flashhead",
     help="A FlashHead of the model: its file, a folder or a Hugging Face id."

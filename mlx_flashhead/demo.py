@@ -10,7 +10,7 @@ from mlx_lm import stream_generate
 from mlx_lm.sample_utils import make_sampler
 
 from . import demo_model
-from .cli import check_exists, flashhead_option, one_line_errors
+from .cli import HELP, check_exists, flashhead_option, one_line_errors
 from .compute.device import blas_hint
 from .folder.section import Section, read_section
 from .integration.exact import verification
@@ -21,9 +21,7 @@ from .load import load
 PROMPT = "The history of the steam engine begins"
 
 
-@click.command(
-    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]}
-)
+@click.command(context_settings={"show_default": True, **HELP})
 @click.option("--model", help="A converted folder.  [default: Gemma 3 270M from PyPI]")
 @click.option("--prompt", default=PROMPT)
 @click.option("--max-tokens", default=64)

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from .cli import (
+    HELP,
     Listed,
     check_exists,
     check_outputs,
@@ -24,9 +25,7 @@ from .evaluation.evaluate import MAX_TOKENS, TOKENS, evaluate, read_prompts
 from .evaluation.report import plot, table
 
 
-@click.command(
-    context_settings={"show_default": True, "help_option_names": ["-h", "--help"]}
-)
+@click.command(context_settings={"show_default": True, **HELP})
 @click.option("--model", "folder", required=True, help="A converted folder.")
 @click.option("--text", "texts", multiple=True, required=True, help="A text file.")
 @click.option(

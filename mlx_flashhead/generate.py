@@ -16,7 +16,7 @@ from mlx_lm.generate import main as mlx_lm_main
 from mlx_lm.generate import setup_arg_parser
 
 from . import demo_model
-from .cli import check_exists, one_line_errors
+from .cli import HELP, check_exists, one_line_errors
 from .compute.device import blas_hint
 from .integration.decode import acceptance
 from .integration.patch import patched
@@ -106,7 +106,7 @@ main = click.Command(
     "mlx_flashhead.generate",
     callback=_run,
     help=_run.__doc__,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings=HELP,
     params=[*_mlx_lm_options, *OPTIONS],
 )
 

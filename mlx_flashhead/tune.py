@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.sample_utils import make_sampler
 
 from .benchmarking.report import markdown_table
-from .cli import check_exists, flashhead_option, one_line_errors
+from .cli import HELP, check_exists, flashhead_option, one_line_errors
 from .compute.device import blas_hint
 from .integration.locate import slot_of
 from .integration.samplers import read_sampler
@@ -113,7 +113,7 @@ def measured(
     return found, batch_table(found)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(context_settings=HELP)
 @click.option("--model", required=True, help="A converted folder, or a hub id of one.")
 @click.option(
     "--exact/--approximate",

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from metal import reference
 
 from mlx_flashhead import kernels
+from mlx_flashhead.doctor import main as doctor_command
 from mlx_flashhead.kernels import backend, doctor, filters, fixed_point
 
 DTYPES = [mx.float16, mx.bfloat16, mx.float32]
@@ -208,5 +209,5 @@ def test_without_a_gpu_all_is_plain(monkeypatch):
     assert not backend.largest_group("anything", 256, lambda threads: 1 / 0)
     report = doctor.report()
     assert report["backend"] == "plain" and "self_test" not in report
-    result = CliRunner().invoke(doctor.main, [])
+    result = CliRunner().invoke(doctor_command, [])
     assert result.exit_code == 0 and "plain MLX operations" in result.output
