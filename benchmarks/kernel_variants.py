@@ -1,5 +1,5 @@
 """Ways to do one thing in a kernel, timed in turn: what ``benchmarks/kernels.py
---stage-1`` and ``--conversion`` show."""
+--stage-1``, ``--selection`` and ``--conversion`` show."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mlx_flashhead.sampling import Settings
 from mlx_flashhead.sampling.draw import _draw
 
 # Not the functions of these names.
-centroid_logits, probe_logits = (
+centroid_logits, probe_logits, select_probes = (
     importlib.import_module(f"mlx_flashhead.kernels.{name}")
-    for name in ("centroid_logits", "probe_logits")
+    for name in ("centroid_logits", "probe_logits", "select_probes")
 )
 
 REPEATS = 20
@@ -63,8 +63,8 @@ def nothing(h: mx.array, key: mx.array) -> mx.array:
     return h[:, 0].astype(mx.uint32)
 
 
-def stage_1(V: int, D: int, m: int, steps: int) -> dict[str, Spread]:
-    """Stage 1 and the whole greedy step, by MLX's product and by the kernel."""
+def greedy_head(V: int, D: int, m: int) -> tuple[FlashHead, mx.array, Step]:
+    """A head of made rows of 8 bits, a hidden state, and its greedy step."""
     C = V // m
     random = mx.random.normal((V, D), scale=D**-0.5).astype(mx.bfloat16)
     head = FlashHead(
@@ -74,16 +74,24 @@ def stage_1(V: int, D: int, m: int, steps: int) -> dict[str, Spread]:
         V,
         spread=mx.random.uniform(shape=(C,)),
         excess=mx.zeros((1, C)),
+        n_probes=C // 16,
     )
     h = mx.random.normal((1, D)).astype(mx.bfloat16)
     at_one = masses.log_weights(head, 1.0)
     mx.eval(head.parameters(), h, at_one)
 
-    def alone(h: mx.array, key: mx.array) -> mx.array:
-        return head.centroid_logits(h)[:, 0].astype(mx.uint32)
-
     def greedy(h: mx.array, key: mx.array) -> mx.array:
         return _draw(head, Settings(), h, key, at_one, at_one)[0]
+
+    return head, h, greedy
+
+
+def stage_1(V: int, D: int, m: int, steps: int) -> dict[str, Spread]:
+    """Stage 1 and the whole greedy step, by MLX's product and by the kernel."""
+    head, h, greedy = greedy_head(V, D, m)
+
+    def alone(h: mx.array, key: mx.array) -> mx.array:
+        return head.centroid_logits(h)[:, 0].astype(mx.uint32)
 
     case = probe_logits.Case(mx.bfloat16, 4, 64, D, 1, C=67)
     steps_of: dict[str, Step] = {"stage 1": alone, "greedy step": greedy}
@@ -97,6 +105,24 @@ def stage_1(V: int, D: int, m: int, steps: int) -> dict[str, Spread]:
                 centroid_logits.check(case, probe_logits.THREADS)
                 name = f"{part}: kernel, {lanes} lanes a row, {each} rows a lane"
                 runs[name] = chained(step, h, steps)
+    return in_turn(runs)
+
+
+def selection(V: int, D: int, m: int, steps: int) -> dict[str, Spread]:
+    """Stage 1 with the selection, and the whole greedy step: keys kept in registers,
+    and made again in each pass."""
+    head, h, greedy = greedy_head(V, D, m)
+
+    def alone(h: mx.array, key: mx.array) -> mx.array:
+        return head.select(head.centroid_logits(h))[:, 0]
+
+    steps_of: dict[str, Step] = {"up to selection": alone, "greedy step": greedy}
+    ways = {"in registers": select_probes.IN_REGISTERS, "made again": 0}
+    runs = {"nothing": chained(nothing, h, steps)}
+    for part, step in steps_of.items():
+        for way, most in ways.items():
+            with patch.object(select_probes, "IN_REGISTERS", most):
+                runs[f"{part}: keys {way}"] = chained(step, h, steps)
     return in_turn(runs)
 
 

@@ -16,18 +16,17 @@ MLX compiles CUDA kernels as they are first used, seconds each, and keeps them o
 ``--shard 0/8`` to ``--shard 7/8`` side by side fill that store before the run that
 counts.
 
-``--select-rereads`` has the selection make its keys again in each pass, where else it
-keeps them in registers. ``--stage-1`` and ``--conversion`` time nothing but ways to do
-one thing, in turn: stage 1 by MLX's product and by forms of the kernel, alone and in
-the greedy step; and what makes floats of quantized weights.
+``--stage-1``, ``--selection`` and ``--conversion`` time nothing but ways to do one
+thing, in turn: stage 1 by MLX's product and by forms of the kernel, and the selection
+with its keys in registers and made again in each pass, each alone and in the greedy
+step; and what makes floats of quantized weights.
 
 usage: python benchmarks/kernels.py [--steps 64] [--models NAME ...]
-       [--batch-sizes 1 2 4 ...] [--shard I/N] [--select-rereads]
-       [--stage-1] [--conversion]
+       [--batch-sizes 1 2 4 ...] [--shard I/N]
+       [--stage-1] [--selection] [--conversion]
 """
 
 import argparse
-import importlib
 from contextlib import nullcontext
 from functools import partial
 
@@ -256,10 +255,10 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[])
     parser.add_argument("--shard", default="0/1", help="only compile a part")
     parser.add_argument(
-        "--select-rereads", action="store_true", help="keep no keys in registers"
+        "--stage-1", action="store_true", help="compare ways to score centroids"
     )
     parser.add_argument(
-        "--stage-1", action="store_true", help="compare ways to score centroids"
+        "--selection", action="store_true", help="compare ways to keep its keys"
     )
     parser.add_argument(
         "--conversion", action="store_true", help="compare ways to unpack weights"
@@ -268,13 +267,11 @@ def main() -> None:
     from mlx_flashhead.kernels import doctor
 
     compared = [variants.stage_1] * options.stage_1
+    compared += [variants.selection] * options.selection
     compared += [variants.conversion] * options.conversion
     if compared and kernels.kind() == "plain":
         print("no GPU back-end here: no kernel to compare")
         return
-    if options.select_rereads:
-        module = importlib.import_module("mlx_flashhead.kernels.select_probes")
-        module.IN_REGISTERS = 0
     print(doctor.describe())
     bandwidth = copy_bandwidth()
     print(f"back-end {kernels.kind()}, copy bandwidth {bandwidth / 1e9:.0f} GB/s")

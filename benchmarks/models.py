@@ -2,10 +2,12 @@
 
     python benchmarks/models.py [MODEL ...]
 
-Through mlx-lm's own ``generate_step``, in turn. Weights are made at random, for speed
-does not depend on them, but rows of a cluster resemble each other and logits are as
-peaked as a language model's, so that drafts stand about as often. ``--host`` adds where
-the time of a step goes: to build its graph, to submit it, and to wait for the device.
+Through mlx-lm's own ``generate_step``, a few tokens of each in turn: a host whose
+speed drifts is as slow for all of them, and ratios are those of one round. Weights are
+made at random, for speed does not depend on them, but rows of a cluster resemble each
+other and logits are as peaked as a language model's, so that drafts stand about as
+often. ``--host`` adds where the time of a step goes, steps in turn as well: to build
+its graph, to submit it, and to wait for the device.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from typing import Any
 import click
 import mlx.core as mx
 import mlx.nn as nn
+from in_turn import TURN, in_turn, median, ratio
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from samplers import SAMPLERS
 
 from mlx_flashhead import patch_decoding, unpatch, verification
+from mlx_flashhead.benchmarking import decoding
 from mlx_flashhead.benchmarking.report import markdown_table
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.head import FlashHead
@@ -33,9 +37,6 @@ from mlx_flashhead.integration.slots import FlashLinear, hidden_state
 from mlx_flashhead.kernels import doctor
 from mlx_flashhead.sampling import coupled, draw
 from mlx_flashhead.sampling.draw import known_transform
-
-# Not "from mlx_lm import generate": that name is a function's.
-_generate = importlib.import_module("mlx_lm.generate")
 
 _COMMON = {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768}
 # Module of mlx-lm and its arguments; all are tied.
@@ -160,36 +161,50 @@ def flash(name: str, bits: int, exact: bool) -> nn.Module:
     return model
 
 
-def run(model: nn.Module, options: dict[str, Any], n: int) -> float:
-    """Tokens per second, the first 32 apart."""
-    mx.random.seed(1)
-    prompt = mx.arange(32) + 5
-    times = []
-    for _ in _generate.generate_step(
-        prompt, model, sampler=make_sampler(**options), max_tokens=n
-    ):
-        times.append(time.perf_counter())
-    return (n - 33) / (times[-1] - times[32])
+def speeds(
+    models: dict[str, nn.Module], sampler: str, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of a token by each way of decoding, round by round."""
+
+    def prepare(way: str) -> None:
+        unpatch() if way == "dense" else patch_decoding()
+
+    n = TURN * (rounds + 2)
+    streams = {}
+    for way, model in models.items():
+        own = make_sampler(**SAMPLERS[sampler])
+        streams[way] = decoding.steps(model, [list(range(5, 37))], own, n)
+    found = in_turn(streams, prepare, rounds)
+    for stream in streams.values():
+        stream.close()
+    unpatch()
+    return found
 
 
 def host(
-    step: Callable[[mx.array], list[mx.array]], state: mx.array, n: int = 80
-) -> list[str]:
-    """Median microseconds of a step that waits for the one before: to build its graph,
-    to submit it, and to wait. The step's first array is the next one's input."""
-    spent = []
+    steps: dict[str, Callable[[mx.array], list[mx.array]]],
+    states: dict[str, mx.array],
+    n: int = 120,
+) -> dict[str, list[str]]:
+    """Median microseconds of steps that wait for the one before, in turn: to build the
+    graph, to submit it, and to wait. A step's first array is its next one's input."""
+    spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in steps}
     for _ in range(n):
-        begin = time.perf_counter()
-        arrays = step(state)
-        built = time.perf_counter()
-        mx.async_eval(*arrays)
-        submitted = time.perf_counter()
-        mx.eval(*arrays)
-        state = arrays[0]
-        spent.append(
-            (built - begin, submitted - built, time.perf_counter() - submitted)
-        )
-    return [f"{1e6 * sorted(each)[n // 2]:.0f}" for each in zip(*spent)]
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            arrays = step(states[name])
+            built = time.perf_counter()
+            mx.async_eval(*arrays)
+            submitted = time.perf_counter()
+            mx.eval(*arrays)
+            states[name] = arrays[0]
+            spent[name].append(
+                (built - begin, submitted - built, time.perf_counter() - submitted)
+            )
+    return {
+        name: [f"{1e6 * median(each):.0f}" for each in zip(*times, strict=True)]
+        for name, times in spent.items()
+    }
 
 
 def host_rows(name: str, models: dict[str, nn.Module], sampler: str) -> list[list[str]]:
@@ -197,7 +212,7 @@ def host_rows(name: str, models: dict[str, nn.Module], sampler: str) -> list[lis
     and of a verification, the body left out of that."""
     sample = make_sampler(**SAMPLERS[sampler])
     settings = read_sampler(sample)
-    rows = []
+    steps: dict[str, Callable[[mx.array], list[mx.array]]] = {}
     for way in ("dense", "approximate", "exact"):
         model = models[way]
         head = head_of(model)
@@ -213,9 +228,9 @@ def host_rows(name: str, models: dict[str, nn.Module], sampler: str) -> list[lis
             h = hidden_state(head, model, token[None], cache=cache)[:, -1]
             return [draw(head, settings, h, keys.next(settings)).tokens]
 
-        step = dense if way == "dense" else drawn
         what = "a draft" if way == "exact" else way
-        rows.append([name, sampler, what, *host(step, mx.array([7]))])
+        steps[what] = dense if way == "dense" else drawn
+    states = {what: mx.array([7]) for what in steps}
     keys = mx.random.split(mx.random.key(0), 16)
 
     def verification(states: mx.array) -> list[mx.array]:
@@ -223,29 +238,30 @@ def host_rows(name: str, models: dict[str, nn.Module], sampler: str) -> list[lis
         tokens = coupled.draw(head, settings, logits, keys).tokens
         return [states + 0 * tokens[:, None].astype(states.dtype), tokens]
 
-    states = mx.random.normal((16, head.hidden_size)).astype(mx.bfloat16)
-    rows.append([name, sampler, "a verification of 16", *host(verification, states)])
-    return rows
+    what = "a verification of 16"
+    steps[what] = verification
+    states[what] = mx.random.normal((16, head.hidden_size)).astype(mx.bfloat16)
+    return [[name, sampler, what, *row] for what, row in host(steps, states).items()]
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("names", nargs=-1, type=click.Choice(list(MODELS)))
 @click.option("--bits", default=8)
-@click.option("--max-tokens", default=193)
-@click.option("--repeats", default=5)
+@click.option("--rounds", default=20, help=f"Of {TURN} tokens of each.")
 @click.option("--samplers", default="greedy,top-p,top-k,temperature")
 @click.option("--host/--no-host", "show_host", default=False)
-def main(names, bits, max_tokens, repeats, samplers, show_host):
+def main(names, bits, rounds, samplers, show_host):
     """Decode with made models: dense, approximate, exact."""
     click.echo(doctor.describe())
     times = [["model", "sampler", "step", "build, us", "submit, us", "wait, us"]]
     table = [
         [
             *("model", "sampler", "dense", "approximate", "exact"),
-            *("approximate / dense", "exact / dense (least to most)"),
+            *("approximate / dense (quartiles)", "exact / dense (quartiles)"),
             *("drafts that stood", "thrown away"),
         ]
     ]
+    # Decoding as it is set: ``tuning.py`` shows what is chosen.
     for name in names or MODELS:
         models = {
             "dense": body(name, bits),
@@ -253,25 +269,14 @@ def main(names, bits, max_tokens, repeats, samplers, show_host):
             "exact": flash(name, bits, True),
         }
         for sampler in samplers.split(","):
-            found: dict[str, list[float]] = {way: [] for way in models}
             with verification() as count:
-                for repeat in range(repeats + 1):
-                    for way, model in models.items():
-                        unpatch() if way == "dense" else patch_decoding()
-                        speed = run(model, SAMPLERS[sampler], max_tokens)
-                        if repeat:
-                            found[way].append(speed)
-            unpatch()
-            middle = {w: sorted(s)[len(s) // 2] for w, s in found.items()}
-            ratios = sorted(
-                e / d for e, d in zip(found["exact"], found["dense"], strict=True)
-            )
+                found = speeds(models, sampler, rounds)
             table.append(
                 [
-                    *(name, sampler, *(f"{s:.1f}" for s in middle.values())),
-                    f"{middle['approximate'] / middle['dense']:.2f}",
-                    f"{middle['exact'] / middle['dense']:.2f} "
-                    f"({ratios[0]:.2f} to {ratios[-1]:.2f})",
+                    *(name, sampler),
+                    *(f"{1 / median(s):.1f}" for s in found.values()),
+                    ratio(found["dense"], found["approximate"]),
+                    ratio(found["dense"], found["exact"]),
                     f"{100 * count.acceptance:.1f} %",
                     f"{100 * count.waste:.1f} %",
                 ]

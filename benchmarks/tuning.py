@@ -6,9 +6,10 @@
 Whole models of real shapes and made weights (``models.py``), or converted folders. Of
 exact decoding the stored number of probes and half of it, each with every number of
 positions that can be chosen, and dense decoding, are run; approximately, batches of
-several sizes among candidates and densely. "Off" is by how much longer the chosen one
-takes than the best in these runs. "Left alone" is decoding that measures itself, and
-"stock" mlx-lm with the plain model.
+several sizes among candidates and densely. "Left alone" is decoding that measures
+itself, and "stock" mlx-lm with the plain model. All take turns of a few tokens, and
+what is compared is compared round by round: the median, with quartiles. "Off" is by how
+much longer the chosen one takes than the best, the one with the least median.
 
 MLX compiles CUDA kernels as they are first used, seconds each, and keeps them on disk:
 ``--shard 0/8`` to ``--shard 7/8`` side by side fill that store before the run that
@@ -31,6 +32,7 @@ from typing import Any
 import click
 import mlx.core as mx
 import mlx.nn as nn
+from in_turn import TURN, in_turn, median, quartiles, ratio
 from mlx_lm.sample_utils import make_sampler
 from models import MODELS, body, flash
 from samplers import SAMPLERS
@@ -38,7 +40,6 @@ from samplers import SAMPLERS
 from mlx_flashhead import load, patch_decoding, unpatch
 from mlx_flashhead.benchmarking import decoding
 from mlx_flashhead.benchmarking.report import markdown_table
-from mlx_flashhead.compute.device import on_gpu
 from mlx_flashhead.folder.section import Draft
 from mlx_flashhead.integration.locate import slot_of
 from mlx_flashhead.integration.samplers import read_sampler
@@ -50,7 +51,17 @@ from mlx_flashhead.tuning import Cell, cheapest, dense_wins, kind_of
 SIZES = (4, 8, 16, 32)
 PROMPT_TOKENS = 32
 HEADER = ["model", "sampler", "decoding", "chosen", "ms", "best", "ms", "off"]
-HEADER += ["left alone, ms", "stock, ms", "measured in"]
+HEADER += ["left alone, ms", "stock, ms", "left alone / stock", "measured in"]
+
+
+@dataclass
+class Way:
+    """How a model is set to decode; ``stock``: mlx-lm with the plain one."""
+
+    origin: Origin | None = None
+    n_probes: int = 0
+    verify_every: int = 0
+    stock: bool = False
 
 
 @dataclass
@@ -62,37 +73,52 @@ class Setup:
     plain: nn.Module
     prompts: Callable[[int], list[list[int]]]
     options: dict[str, Any]
-    tokens: int
-    repeats: int
+    rounds: int
+    turn: int
     clock: Callable[[], float]
+
+    def __post_init__(self) -> None:
+        self.stored = self.slot.head.n_probes, self.slot.verify_every
 
     @property
     def slot(self) -> FlashLinear:
         return slot_of(self.model)
 
-    def seconds(self, n: int = 1, stock: bool = False) -> float:
-        """Of a step of n sequences, the best of all repeats."""
-        unpatch() if stock else patch_decoding()
-        model, found = self.plain if stock else self.model, []
-        for _ in range(self.repeats + on_gpu()):
-            mx.random.seed(1)
-            ran = decoding.run(
-                model,
-                self.prompts(n),
-                make_sampler(**self.options),
-                self.tokens if n == 1 else max(3, self.tokens // 3),
-                clock=self.clock,
-            )
-            found.append(ran.step)
-            self.acceptance = ran.verified.acceptance
-        # On a GPU the first run compiles.
-        return min(found[on_gpu() :])
+    def way(self, draft: Draft | None, *pinned: int) -> Way:
+        """Decoding with so many probes and positions at once, by default as stored; by
+        what is measured, where there is a draft."""
+        origin = None if draft is None else Origin(self.name, draft)
+        return Way(origin, *(pinned or self.stored))
 
-    def pinned(self, draft: Draft | None) -> None:
-        """Decode as the slot is set to, or by what is measured."""
-        self.slot.origin = None if draft is None else Origin(self.name, draft)
-        if draft is not None:
+    def prepare(self, way: Way) -> None:
+        unpatch() if way.stock else patch_decoding()
+        self.slot.origin = way.origin
+        self.slot.head.n_probes, self.slot.verify_every = way.n_probes, way.verify_every
+        if way.origin is not None:
             tuner_of(self.slot).clock = self.clock
+
+    def seconds(self, ways: dict[Any, Way], n: int) -> dict[Any, list[float]]:
+        """Of a step of n sequences, round by round."""
+        mx.random.seed(1)
+        own = make_sampler(**self.options)
+        streams = {
+            name: decoding.steps(
+                self.plain if way.stock else self.model,
+                self.prompts(n),
+                own,
+                self.turn * (self.rounds + 2),
+            )
+            for name, way in ways.items()
+        }
+
+        def prepare(name: Any) -> None:
+            self.prepare(ways[name])
+
+        found = in_turn(streams, prepare, self.rounds, self.turn, self.clock)
+        for name, stream in streams.items():
+            prepare(name)
+            stream.close()
+        return found
 
 
 def made_prompts(n: int) -> list[list[int]]:
@@ -102,57 +128,49 @@ def made_prompts(n: int) -> list[list[int]]:
 
 def exact(setup: Setup, sampler: str) -> list[str]:
     """A row of the table: one sequence, decoded exactly."""
-    slot, settings = setup.slot, read_sampler(make_sampler(**setup.options))
-    stored = slot.head.n_probes, slot.verify_every
-    ran: dict[tuple[int, int], float] = {}
-
-    def run(way: tuple[int, int]) -> None:
-        setup.pinned(None)
-        slot.head.n_probes, slot.verify_every = way
-        ran[way] = setup.seconds()
-        slot.head.n_probes, slot.verify_every = stored
-
-    for way in product((stored[0], stored[0] // 2), SIZES):
-        run(way)
-        if way == stored:
-            accepted = setup.acceptance
-    draft = Draft(*stored, accepted)
-    setup.pinned(draft)
-    cells = ("dense", 1), ("draft", stored[0]), ("verify", stored[1])
+    slot, own = setup.slot, make_sampler(**setup.options)
+    settings = read_sampler(own)
+    p, k = setup.stored
+    setup.prepare(setup.way(None))
+    ran = decoding.run(setup.model, setup.prompts(1), own, 4 * setup.turn)
+    draft = Draft(p, k, ran.verified.acceptance)
+    ways = {each: setup.way(None, *each) for each in product((p, p // 2), SIZES)}
+    ways[p, 0] = setup.way(draft)
+    setup.prepare(ways[p, 0])
+    cells = ("dense", 1), ("draft", p), ("verify", k)
     tuner_of(slot).times[kind_of(settings)] = {
         Cell(*cell): 1e-9 if cell[0] == "dense" else 1.0 for cell in cells
     }
-    ran[stored[0], 0] = setup.seconds()
-    setup.pinned(draft)
+    ways["alone"] = setup.way(draft)
+    setup.prepare(ways["alone"])
     begin = setup.clock()
     times = tuner_of(slot).exact(slot, setup.model, settings)
     took = setup.clock() - begin
-    chosen = stored  # as without any measurement
+    chosen = setup.stored  # as without any measurement
     if times is not None:
         plan = cheapest(times, watch(slot, times).acceptance)
-        chosen = (stored[0], 0) if plan.dense else plan[:2]
-        if chosen not in ran:
-            run(chosen)
-            setup.pinned(draft)
+        chosen = (p, 0) if plan.dense else plan[:2]
+        ways.setdefault(chosen, setup.way(None, *chosen))
 
     def words(way: tuple[int, int]) -> str:
         return f"{way[0]} probes, {way[1]} at once" if way[1] else "dense"
 
-    return row(setup, sampler, "exact", ran, chosen, words, 1, took)
+    return row(setup, sampler, "exact", ways, chosen, words, 1, took)
 
 
 def batch(setup: Setup, sampler: str, n: int) -> list[str]:
     """A row of the table: n sequences, decoded approximately."""
     slot, own = setup.slot, make_sampler(**setup.options)
     settings = read_sampler(own)
-    draft, ran = Draft(slot.head.n_probes, 16, 1.0), {}
+    draft, ways = Draft(slot.head.n_probes, 16, 1.0), {}
     for dense in (False, True):
-        setup.pinned(draft)
+        ways[dense] = setup.way(draft)
+        setup.prepare(ways[dense])
         group = f"{kind_of(settings)}, p {slot.head.n_probes}"
         forced = {Cell("stock", n): 1e-9 if dense else 1.0, Cell("approximate", n): 0.1}
         tuner_of(slot).times[group] = forced
-        ran[dense] = setup.seconds(n)
-    setup.pinned(draft)
+    ways["alone"] = setup.way(draft)
+    setup.prepare(ways["alone"])
     begin = setup.clock()
     times = tuner_of(slot).batches(slot, setup.model, settings, own, [n])
     took = setup.clock() - begin
@@ -162,19 +180,24 @@ def batch(setup: Setup, sampler: str, n: int) -> list[str]:
         return "dense" if dense else "candidates"
 
     many = f"approximate, {n} sequence" + "s" * (n > 1)
-    return row(setup, sampler, many, ran, chosen, words, n, took)
+    return row(setup, sampler, many, ways, chosen, words, n, took)
 
 
-def row(setup, sampler, what, ran, chosen, words, n, took) -> list[str]:
-    best = min(ran, key=ran.__getitem__)
-    alone, stock = setup.seconds(n), setup.seconds(n, stock=True)
+def row(setup, sampler, what, ways, chosen, words, n, took) -> list[str]:
+    ran = setup.seconds({**ways, "stock": Way(None, *setup.stored, stock=True)}, n)
+    setup.prepare(setup.way(None))
+    alone, stock = ran.pop("alone"), ran.pop("stock")
+    best = min(ran, key=lambda way: median(ran[way]))
+    off = [100 * (a / b - 1) for a, b in zip(ran[chosen], ran[best], strict=True)]
+    low, middle, high = quartiles(off)
     shown = [
-        *(setup.name, sampler, what, words(chosen), f"{1e3 * ran[chosen]:.2f}"),
-        *(words(best), f"{1e3 * ran[best]:.2f}"),
-        f"{100 * (ran[chosen] / ran[best] - 1):.1f} %",
-        *(f"{1e3 * alone:.2f}", f"{1e3 * stock:.2f}", f"{took:.2f} s"),
+        *(setup.name, sampler, what, words(chosen), f"{1e3 * median(ran[chosen]):.2f}"),
+        *(words(best), f"{1e3 * median(ran[best]):.2f}"),
+        f"{middle:.1f} % ({low:.1f} to {high:.1f})" if chosen != best else "0 %",
+        *(f"{1e3 * median(alone):.2f}", f"{1e3 * median(stock):.2f}"),
+        *(ratio(alone, stock), f"{took:.2f} s"),
     ]
-    every = ", ".join(f"{words(k)} {1e3 * s:.2f}" for k, s in ran.items())
+    every = ", ".join(f"{words(way)} {1e3 * median(s):.2f}" for way, s in ran.items())
     click.echo(f"{' | '.join(shown)}  ({every})")
     return shown
 
@@ -183,8 +206,8 @@ def row(setup, sampler, what, ran, chosen, words, n, took) -> list[str]:
 @click.argument("names", nargs=-1, type=click.Choice(list(MODELS)))
 @click.option("--folder", "folders", multiple=True, help="A converted folder, instead.")
 @click.option("--bits", default=8, help="Of made models.")
-@click.option("--tokens", default=129, help="Of a sequence; of batches a third.")
-@click.option("--repeats", default=2)
+@click.option("--rounds", default=12, help="In which all take turns.")
+@click.option("--turn", default=TURN, help="Tokens of a turn.")
 @click.option("--samplers", default="greedy,top-p", help=f"Of {', '.join(SAMPLERS)}.")
 @click.option("--batch-sizes", default="1,4,16")
 @click.option("--decoding", "kinds", default="exact,approximate")
@@ -194,8 +217,8 @@ def main(
     names,
     folders,
     bits,
-    tokens,
-    repeats,
+    rounds,
+    turn,
     samplers,
     batch_sizes,
     kinds,
@@ -216,7 +239,7 @@ def main(
     ]
     table = [HEADER]
     for name, sampler in cells[part::parts]:
-        options = (SAMPLERS[sampler], tokens, repeats if parts == 1 else 1)
+        options = (SAMPLERS[sampler], rounds if parts == 1 else 1, turn)
         for kind in kinds.split(","):
             if folders:
                 plain, tokenizer = load(name, dense=True)

@@ -88,7 +88,6 @@ def run(
     Raises:
         RuntimeError: A sequence of a batch made no token.
     """
-    steps = _single if len(prompts) == 1 else _batch
     mx.synchronize()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -107,16 +106,24 @@ def run(
     return Run(times[0] - begin, each, peak, times[0], times[-1], verified)
 
 
+def steps(
+    model: nn.Module, prompts: list[list[int]], sampler: Sampler, max_tokens: int
+) -> Iterator[None]:
+    """At each turn a token of every sequence, as in :func:`run`."""
+    one = len(prompts) == 1
+    return (_single if one else _batch)(model, prompts, sampler, max_tokens)
+
+
 def _single(
     model: nn.Module, prompts: list[list[int]], sampler: Sampler, max_tokens: int
 ) -> Iterator[None]:
     """A token of the one sequence at each turn."""
     prompt = mx.array(prompts[0])
     # Looked up when called: the patch replaces it.
-    steps = _generate.generate_step(
+    found = _generate.generate_step(
         prompt, model, sampler=sampler, max_tokens=max_tokens
     )
-    for _ in steps:
+    for _ in found:
         yield
 
 
