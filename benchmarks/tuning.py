@@ -144,7 +144,7 @@ def exact(setup: Setup, sampler: str) -> list[str]:
     ways["alone"] = setup.way(draft)
     setup.prepare(ways["alone"])
     begin = setup.clock()
-    times = tuner_of(slot).exact(slot, setup.model, settings)
+    times = tuner_of(slot).exact(slot, setup.model, settings, own)
     took = setup.clock() - begin
     chosen = setup.stored  # as without any measurement
     if times is not None:

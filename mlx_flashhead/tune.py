@@ -100,7 +100,7 @@ def measured(
         sampler = make_sampler(**options)
         settings = read_sampler(sampler) or Settings()
         if slot.exact:
-            times = tuner.exact(slot, model, settings, complete=True)
+            times = tuner.exact(slot, model, settings, sampler, complete=True)
         else:
             times = tuner.batches(slot, model, settings, sampler, BATCH_SIZES)
         if times:

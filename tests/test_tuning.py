@@ -412,7 +412,8 @@ def test_measuring_changes_no_random_number(untied_folder, tuned, exact, options
     got = [text(model, tokenizer, sampler=sampler) for _ in range(2)]
     assert got[0] == got[1]
     group = next(iter(tuner_of(slot_of(model)).times.values()))
-    if exact or not dense_wins(group, 1):
+    dense = Watch(64, 16, 1.0, group).dense if exact else dense_wins(group, 1)
+    if not dense:
         assert got[0] == wanted
 
 
@@ -423,7 +424,7 @@ class Slow:
         self.clock, self.lines = MadeClock(), []
         self.times = times
 
-        def runs(slot, model, settings, cells):
+        def runs(slot, model, settings, sampler, cells):
             return self.clock.runs({c: [times[c]] for c in cells if c in times})
 
         monkeypatch.setattr(tuner, "_exact_runs", runs)
@@ -539,15 +540,16 @@ def machines(slot):
 def test_exact_texts_do_not_depend_on_times(
     folder, options, tuned, monkeypatch, request
 ):
-    """Nor on how often drafts stand: with few that do, dense decoding takes over."""
+    """Nor on how often drafts stand: with few that do, dense decoding takes over. Where
+    no draft can pay, decoding is mlx-lm's own, random numbers included."""
     folder, n = request.getfixturevalue(folder), 64
     sampler, group = make_sampler(**options), kind_of(Settings(**options))
     wanted = text(*load(folder, tune=False), n=n, sampler=sampler)
-    if not options:
-        stock = load(folder, dense=True)
-        unpatch()
-        assert text(*stock, n=n) == wanted
-        patch_decoding()
+    stock = load(folder, dense=True)
+    unpatch()
+    own = text(*stock, n=n, sampler=sampler)
+    patch_decoding()
+    assert bool(options) or own == wanted
     seen = {}
     model, tokenizer = with_times(folder, monkeypatch, {}, group)
     slot, head = slot_of(model), next(flash_heads(model))
@@ -559,10 +561,10 @@ def test_exact_texts_do_not_depend_on_times(
         for name, times in machines(slot).items():
             tuner_of(slot).times[group] = times
             with verification() as count:
-                assert text(model, tokenizer, n=n, sampler=sampler) == wanted
+                got = text(model, tokenizer, n=n, sampler=sampler)
+            assert got == (own if name == "dense" else wanted)
             seen[name, spoiled] = count
     assert seen["dense", False].drafted == 0
-    assert seen["dense", False].steps == seen["dense", False].verifications == n + 1
     assert seen["drafts", False].verifications < seen["short", False].verifications
     assert seen["short", False].verifications < n
     assert seen["drafts", True].acceptance < seen["drafts", False].acceptance

@@ -1,36 +1,36 @@
-"""Modules as values: their arrays as arguments of a pure function.
-
-``mx.compile(f, inputs=module)`` puts tracers into the module while it traces. An
-interruption then leaves them there, and another thread that uses the module meanwhile
-sees them. A copy that is given the arrays as arguments has neither problem.
-"""
+"""What a module holds, as a value: to see whether any of it was replaced since."""
 
 from __future__ import annotations
 
-import copy
-from typing import Any, TypeVar
+from operator import is_
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-Module = TypeVar("Module", bound=nn.Module)
 
+class Snapshot:
+    """The arrays and modules that a module holds, derived ones included, and theirs.
 
-def arrays(module: nn.Module) -> dict[str, Any]:
-    """All arrays of a module, derived ones included, nested as its modules are."""
-    return {
-        name: arrays(value) if isinstance(value, nn.Module) else value
-        for name, value in module.items()
-        if isinstance(value, (mx.array, nn.Module))
-    }
+    To tell them from others takes little: it is asked at every decode step.
+    """
 
+    def __init__(self, module: nn.Module):
+        self._within = [m for _, m in module.named_modules() if m is not module]
+        self._values = self._all(module)
 
-def with_arrays(module: Module, values: dict[str, Any]) -> Module:
-    """A copy of a module that has these arrays, nested as :func:`arrays` gives them;
-    the module itself is not touched."""
-    twin = copy.copy(module)
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = with_arrays(module[name], value)
-        dict.__setitem__(twin, name, value)
-    return twin
+    def _all(self, module: nn.Module) -> list[Any]:
+        values = list(module.values())
+        for within in self._within:
+            values += within.values()
+        return values
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All of them, those of modules included."""
+        return [value for value in self._values if isinstance(value, mx.array)]
+
+    def of(self, module: nn.Module) -> bool:
+        """Whether a module holds the very same."""
+        values = self._all(module)
+        return len(values) == len(self._values) and all(map(is_, values, self._values))

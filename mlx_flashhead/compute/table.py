@@ -99,8 +99,14 @@ class Table(nn.Module):
 
     @property
     def flat(self) -> Table:
-        """The same rows with all axes before the last as one, ``[n, D]``."""
-        return self.map(lambda a: a.reshape(-1, a.shape[-1]))
+        """The same rows with all axes before the last as one, ``[n, D]``; kept, for
+        each decode step asks for it."""
+        kept: tuple[mx.array, Table] | None = vars(self).get("_flat")
+        if kept is None or kept[0] is not self.weight:
+            flat = self.map(lambda a: a.reshape(-1, a.shape[-1]))
+            kept = self.weight, flat
+            vars(self)["_flat"] = kept  # no parameter
+        return kept[1]
 
     def _packed(self) -> tuple[mx.array, mx.array, mx.array | None]:
         return self.weight, self.scales, self.get("biases")
@@ -119,9 +125,24 @@ class Table(nn.Module):
     def dequantize(self, dtype: mx.Dtype | None = None) -> mx.array:
         """The rows as floating point ``[..., n, D]``; in float32 exactly what the
         products multiply with."""
-        if not self.quantized:
-            return self.weight if dtype is None else self.weight.astype(dtype)
-        weight, scales, biases = self._packed()
+        return self._dequantized(*self.arrays, dtype)
+
+    def take(self, index: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
+        """Rows ``[*index.shape, D]`` of a table ``[n, D]``, as :meth:`dequantize` gives
+        them."""
+        weight, scales, biases = (None if a is None else a[index] for a in self.arrays)
+        assert weight is not None
+        return self._dequantized(weight, scales, biases, dtype)
+
+    def _dequantized(
+        self,
+        weight: mx.array,
+        scales: mx.array | None,
+        biases: mx.array | None,
+        dtype: mx.Dtype | None,
+    ) -> mx.array:
+        if scales is None:
+            return weight if dtype is None else weight.astype(dtype)
         if dtype is not None and dtype == mx.float32 and self.mode == "affine":
             # MLX would compute in the dtype of the scales, then cast.
             scales = scales.astype(dtype)
@@ -135,11 +156,6 @@ class Table(nn.Module):
             mode=self.mode,
             dtype=dtype,
         )
-
-    def take(self, index: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
-        """Rows ``[*index.shape, D]`` of a table ``[n, D]``, as :meth:`dequantize` gives
-        them."""
-        return self.map(lambda a: a[index]).dequantize(dtype)
 
     def matmul(self, x: mx.array) -> mx.array:
         """``x [..., D]`` times every row of a table ``[n, D]``: ``[..., n]``."""

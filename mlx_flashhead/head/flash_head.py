@@ -245,7 +245,7 @@ class FlashHead(nn.Module):
     def dense(self, x: mx.array) -> mx.array:
         """Exact logits ``[..., V]`` of all rows for ``x [..., D]``, in vocabulary
         order and in the dtype that MLX's product gives."""
-        return self.clustered(x)[..., self._positions]
+        return mx.take(self.clustered(x), self._positions, axis=-1)
 
     def clustered(self, x: mx.array) -> mx.array:
         """:meth:`dense` in cluster order, as the rows stand: that of token t is at

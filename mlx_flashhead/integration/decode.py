@@ -36,7 +36,7 @@ from .keys import Keys
 from .locate import head_of, slot_of
 from .masking import draw_allowed, log_probabilities
 from .samplers import read_sampler
-from .slots import FlashLinear, densely, hidden_state
+from .slots import FlashLinear, answered, dense_answer, densely, hidden_state
 from .tuner import dense_is_faster, exact_decoder
 
 # A function of mlx-lm's.
@@ -103,13 +103,13 @@ class DenseStandIn:
     def __init__(self, model: nn.Module, head: FlashHead):
         self._model = model
         self._head = head
+        self._answer = dense_answer(head)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        with densely(self._head):
-            return self._model(*args, **kwargs)
+        return answered(self._head, self._answer, self._model, *args, **kwargs)
 
 
 class _Turn:
@@ -279,12 +279,12 @@ def exact_generate_step(
     **kwargs: Any,
 ) -> Iterator[tuple[int, mx.array]]:
     """mlx-lm's ``generate_step``, whose tokens are the dense head's own."""
-    if slot.head.transform is None:
+    processors = kwargs.get("logits_processors") or []
+    decoder = exact_decoder(slot, model, kwargs.get("sampler"), processors)
+    if not decoder.may_draft:
         # The slot answers with the dense product.
         yield from stock(prompt, model, *args, **kwargs)
         return
-    processors = kwargs.get("logits_processors") or []
-    decoder = exact_decoder(slot, model, kwargs.get("sampler"), processors)
     stand_in = _ExactStandIn(stock, decoder, model, prompt, kwargs)
     kwargs.update(sampler=stand_in.sampler, logits_processors=None)
     steps = stock(prompt, stand_in, *args, **kwargs)

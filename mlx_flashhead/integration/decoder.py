@@ -194,7 +194,8 @@ class Decoder:
             h = hidden_state(slot.head, self._model, token[None], cache=self.cache)
             key, processors = self._keys.next(settings), read.readable or ()
             drawn = draw_allowed(
-                *(slot, settings, h[:, -1], key, read.masks, processors, self._context)
+                *(slot, settings, h[:, -1], key, read.masks, processors, self._context),
+                whole=False,
             )
             if isinstance(drawn, Drawn):
                 return Sampled(drawn.tokens, drawn.logprob)

@@ -23,6 +23,7 @@ class Keys:
 
     def __init__(self, model: Any = None, seed: int | None = None) -> None:
         self._model, self._seed = model, seed
+        self._none = mx.array([0, 0], dtype=mx.uint32)
         self._start: list[int] | None = None
         self._n = 0
 
@@ -33,12 +34,19 @@ class Keys:
 
     def at(self, n: int, settings: Settings) -> mx.array:
         """The key of draw n; a greedy choice takes nothing from the generator."""
-        return self.several(n, 1, settings)[0]
+        if settings.greedy:
+            return self._none
+        return mx.array(self._words(n, settings), dtype=mx.uint32)
 
     def several(self, n: int, k: int, settings: Settings) -> mx.array:
         """The keys of draws n to n + k - 1, uint32 ``[k, 2]``."""
+        keys = [self._words(n + i, settings) for i in range(k)]
+        return mx.array(keys, dtype=mx.uint32)
+
+    def _words(self, n: int, settings: Settings) -> list[int]:
+        """What the key of draw n is of."""
         if settings.greedy:
-            return mx.zeros((k, 2), dtype=mx.uint32)
+            return [0, 0]
         if self._start is None:
             key = None if self._seed is None else mx.random.key(self._seed)
             words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32, key=key)
@@ -48,8 +56,7 @@ class Keys:
                 words = mx.distributed.all_sum(words, group=group, stream=mx.cpu)
             self._start = cast(list[int], words.tolist())
         high, low = self._start
-        keys = [[high, (low + n + i) & 0xFFFFFFFF] for i in range(k)]
-        return mx.array(keys, dtype=mx.uint32)
+        return [high, (low + n) & 0xFFFFFFFF]
 
 
 def _group_of(model: nn.Module | None) -> mx.distributed.Group | None:

@@ -21,11 +21,13 @@ def draw_allowed(
     masks: Sequence[TokenMask],
     processors: Sequence[Processor],
     context: mx.array | None,
+    whole: bool = True,
 ) -> masked.Choice | Drawn:
     """One token for each hidden state ``h [B, D]``; for one state alone where there are
-    masks or processors, which look at the tokens so far, ``context [n]``."""
+    masks or processors, which look at the tokens so far, ``context [n]``. ``whole``:
+    whether :func:`log_probabilities` come next."""
     if not masks or context is None:
-        return draw(slot.head, settings, h, key, processors, context)
+        return draw(slot.head, settings, h, key, processors, context, whole)
     mx.async_eval(h)  # the device works while the masks are made
     so_far = values(context)
     may_come = allowed(slot.head, masks, so_far, slot.stop_tokens)

@@ -40,7 +40,13 @@ from ..tuning import (
 from ..tuning.measure import Clock, Run
 from .exact import ExactDecoder, LogitsProcessor, Sampler, Verification
 from .rollback import Rollback, supported
-from .slots import FlashLinear, Origin, densely, hidden_state
+from .slots import (
+    FlashLinear,
+    Origin,
+    answered,
+    dense_answer,
+    hidden_state,
+)
 
 # What a measurement takes at most.
 SECONDS = 1.0
@@ -72,7 +78,10 @@ def tuned(decoder: ExactDecoder, model: nn.Module) -> ExactDecoder:
     where that may be measured."""
     slot = decoder.slot
     if slot.origin is not None and not switched_off():
-        times = tuner_of(slot).exact(slot, model, decoder.settings or Settings())
+        # One that is not known may keep a state.
+        known = decoder.settings is not None
+        options = decoder.settings or Settings(), decoder.sampler if known else None
+        times = tuner_of(slot).exact(slot, model, *options)
         if times is not None:
             decoder.watch = watch(slot, times)
     return decoder
@@ -152,6 +161,7 @@ class Tuner:
         slot: FlashLinear,
         model: nn.Module,
         settings: Settings,
+        sampler: Any = None,
         complete: bool = False,
     ) -> Times | None:
         """Times of exact decoding's steps; ``None`` where they could not be measured.
@@ -160,6 +170,7 @@ class Tuner:
             slot: Where the model's head stood.
             model: The model.
             settings: What is drawn with.
+            sampler: The same as mlx-lm's function, or ``None``.
             complete: Whether to measure all that can be chosen, and not only what is
                 needed to choose at all.
         """
@@ -179,7 +190,7 @@ class Tuner:
                 missing = [c for c in every if c not in before]
                 self._measure(
                     *(group, 1, _TRIES),
-                    lambda: _exact_runs(slot, model, settings, missing),
+                    lambda: _exact_runs(slot, model, settings, sampler, missing),
                     model,
                 )
             times = self.times.get(group, {})
@@ -368,25 +379,24 @@ def _as_it_was(model: nn.Module | None) -> Iterator[None]:
 
 
 def _exact_runs(
-    slot: FlashLinear, model: nn.Module, settings: Settings, cells: Sequence[Cell]
+    slot: FlashLinear,
+    model: nn.Module,
+    settings: Settings,
+    sampler: Any,
+    cells: Sequence[Cell],
 ) -> dict[Cell, Run]:
-    """Exact decoding's steps; none where what is drafted cannot be undone."""
+    """Exact decoding's steps, and mlx-lm's dense one; none where what is drafted cannot
+    be undone."""
     cache = make_prompt_cache(model)
     if not supported(cache):
         return {}
     decoder = ExactDecoder(slot, model, None, [], seed=0)
     decoder.settings, decoder.count = settings, Verification()
     first, context = mx.zeros((1,), mx.uint32), mx.zeros((0,), mx.uint32)
+    stock = _stock(model, sampler, cache)  # whose slot answers densely
 
     def state(token: mx.array) -> mx.array:
         return hidden_state(slot.head, model, token[None], cache=cache)[:, -1]
-
-    def dense(n: int) -> None:
-        token = first
-        for _ in range(n):
-            token = decoder.choose(token, cache, context).ids
-            mx.async_eval(token)
-        mx.eval(token)
 
     def draft(n: int, head: FlashHead) -> None:
         rollback, drafts = Rollback(cache), [first]
@@ -416,11 +426,32 @@ def _exact_runs(
         if cell.what == "draft":
             head = slot.probing(cell.n)
             return lambda n: draft(n, head)
-        return dense if cell.what == "dense" else lambda n: verify(n, cell.n)
+        if cell.what == "dense":
+            return lambda n: stock(first, n)
+        return lambda n: verify(n, cell.n)
 
     # Weights that were never used may still be on the disk.
-    dense(1)
+    stock(first, 1)
     return {cell: run_of(cell) for cell in cells}
+
+
+def _stock(
+    model: Callable[..., Any], sampler: Any, cache: Any
+) -> Callable[[mx.array, int], None]:
+    """Takes so many of mlx-lm's own steps from tokens ``[B]``, and waits for the
+    last."""
+    choose = sampler or (lambda x: mx.argmax(x, axis=-1))
+
+    def run(latest: mx.array, n: int) -> None:
+        for _ in range(n):
+            made = model(latest[:, None], cache=cache)
+            logits = (made if isinstance(made, mx.array) else made.logits)[:, -1]
+            known = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            latest = choose(known)
+            mx.async_eval(latest, known)
+        mx.eval(latest)
+
+    return run
 
 
 def _batch_runs(
@@ -430,24 +461,17 @@ def _batch_runs(
     among candidates."""
     head, cache = slot.head, make_prompt_cache(model)
     tokens, key = mx.zeros((size,), mx.uint32), mx.zeros((2,), mx.uint32)
-    choose = sampler or (lambda x: mx.argmax(x, axis=-1))
+    dense = partial(answered, head, dense_answer(head), model)
+    step = _stock(dense, sampler, cache)
 
     def stock(n: int) -> None:
-        latest = tokens
-        with densely(head):
-            for _ in range(n):
-                made = model(latest[:, None], cache=cache)
-                logits = (made if isinstance(made, mx.array) else made.logits)[:, -1]
-                known = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-                latest = choose(known)
-                mx.async_eval(latest, known)
-        mx.eval(latest)
+        step(tokens, n)
 
     def approximate(n: int) -> None:
         latest = tokens
         for _ in range(n):
             h = hidden_state(head, model, latest[:, None], cache=cache)[:, -1]
-            drawn = draw(head, settings, h, key)
+            drawn = draw(head, settings, h, key, whole=True)
             latest, _ = drawn.tokens, list(logprobs(head, drawn))
             mx.async_eval(latest)
         mx.eval(latest)

@@ -272,7 +272,9 @@ class _Drawing(_StandIn):
         head, settings = self._head, self._settings
         h = hidden_state(head, self._text, inputs, cache=cache)[:, -1]
         key = self._keys.next(settings)
-        self._drawn.append(draw(head, settings, h, key, self._processors, context))
+        self._drawn.append(
+            draw(head, settings, h, key, self._processors, context, whole=True)
+        )
 
     def sampler(self, logits: mx.array) -> mx.array:
         return self._drawn[-1].tokens

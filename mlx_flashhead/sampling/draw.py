@@ -46,6 +46,8 @@ class Drawn(NamedTuple):
         retrieved (Retrieved): What was scored.
         states (mx.array): The hidden states ``[B, D]``.
         edits (tuple, optional): What logits processors have changed.
+        whole (mx.array, optional): What :func:`logprobs` gives, where the draw was
+          asked for it.
     """
 
     tokens: mx.array
@@ -53,6 +55,7 @@ class Drawn(NamedTuple):
     retrieved: Retrieved
     states: mx.array
     edits: Edits | None = None
+    whole: mx.array | None = None
 
 
 def fits(head: FlashHead, settings: Settings) -> bool:
@@ -72,6 +75,7 @@ def draw(
     key: mx.array,
     processors: Sequence[Processor] = (),
     context: mx.array | None = None,
+    whole: bool = False,
 ) -> Drawn:
     """One token for each hidden state.
 
@@ -82,17 +86,41 @@ def draw(
         key: Random key, uint32 ``[2]``, or one for each hidden state, ``[B, 2]``.
         processors: Logits processors, for one hidden state.
         context: The tokens so far ``[n]``, for the processors.
+        whole: Whether :func:`logprobs` will be asked for, which then costs no graph of
+            its own; it stays lazy.
     """
-    heated, at_one = (
-        constant(head, masses.log_weights, temperature)
-        for temperature in (1.0 if settings.greedy else settings.temp, 1.0)
+    if processors:
+        edits = processing.apply(head, processors, context, h)
+        weights = _weights(head, settings)
+        tokens, logprob, *scored = _draw(head, settings, h, key, *weights, edits)
+        return Drawn(tokens, logprob, Retrieved(*scored), h, edits)
+    step = _step_and_whole if whole else _step
+    tokens, logprob, *found = run(head, step, (settings,), h, key)
+    return Drawn(tokens, logprob, Retrieved(*found[:3]), h, None, *found[3:])
+
+
+def _step(
+    head: FlashHead, settings: Settings, h: mx.array, key: mx.array
+) -> tuple[mx.array, ...]:
+    """Tokens, their log-probabilities, and what is :class:`Retrieved`."""
+    return _draw(head, settings, h, key, *_weights(head, settings))
+
+
+def _step_and_whole(
+    head: FlashHead, settings: Settings, h: mx.array, key: mx.array
+) -> tuple[mx.array, ...]:
+    """The same, and all log-probabilities."""
+    tokens, logprob, *scored = _step(head, settings, h, key)
+    whole = _log_softmax(_logits(head, h, tokens, *scored))
+    return tokens, logprob, *scored, whole
+
+
+def _weights(head: FlashHead, settings: Settings) -> tuple[mx.array, mx.array]:
+    """:func:`masses.log_weights` at the temperature and at 1."""
+    heat = 1.0 if settings.greedy else settings.temp
+    return constant(head, masses.log_weights, heat), constant(
+        head, masses.log_weights, 1.0
     )
-    if not processors:
-        tokens, logprob, *scored = run(head, _draw, (settings,), h, key, heated, at_one)
-        return Drawn(tokens, logprob, Retrieved(*scored), h)
-    edits = processing.apply(head, processors, context, h)
-    tokens, logprob, *scored = _draw(head, settings, h, key, heated, at_one, edits)
-    return Drawn(tokens, logprob, Retrieved(*scored), h, edits)
 
 
 def _draw(
@@ -211,9 +239,15 @@ def logprobs(head: FlashHead, drawn: Drawn) -> mx.array:
     """Log-probabilities of the whole vocabulary, float32 ``[B, V]``: exact where
     scored and in the cluster of the token that was drawn, estimated elsewhere. Lazy:
     whoever does not look at them pays nothing."""
+    if drawn.whole is not None:
+        return drawn.whole
     logits = run(head, _logits, (), drawn.states, drawn.tokens, *drawn.retrieved)
     if drawn.edits is not None:
         logits = processing.put(logits, *drawn.edits)
+    return _log_softmax(logits)
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 

@@ -81,16 +81,19 @@ class Dense:
 
     Attributes:
         head: The head.
-        logits: In cluster order, ``[1, V]``.
-        log_z: Their log-sum-exp, ``[1]``.
+        logits: Of k positions in cluster order, ``[k, V]``.
+        log_z: Their log-sum-exp, ``[k, 1]``.
+        i: The position.
     """
 
     head: FlashHead
     logits: mx.array
     log_z: mx.array
+    i: int
 
     def of(self, token: int) -> mx.array:
-        return self.logits[0, self.head.positions[token]] - self.log_z[0]
+        logit = self.logits[self.i, self.head.positions[token]]
+        return logit - self.log_z[self.i, 0]
 
     def top(self, n: int) -> None:
         return None
@@ -103,18 +106,16 @@ def dense_logprobs(head: FlashHead, logits: mx.array) -> list[LogProbs]:
         head: The head.
         logits: The model's logits in cluster order, ``[k, V]``.
     """
-    lazy = []
-    for i in range(len(logits)):
-        row = logits[i : i + 1]
-        log_z = mx.logsumexp(row, axis=-1)
-        whole = run(head, _log_softmax, (), row, log_z)
-        lazy.append(LogProbs(whole, Dense(head, row, log_z)))
-    return lazy
+    whole, log_z = run(head, _log_softmax, (), logits)
+    return [
+        LogProbs(whole[i], Dense(head, logits, log_z, i)) for i in range(len(logits))
+    ]
 
 
-def _log_softmax(head: FlashHead, row: mx.array, log_z: mx.array) -> mx.array:
-    """In vocabulary order, ``[V]``."""
-    return row[0, head.positions] - log_z
+def _log_softmax(head: FlashHead, logits: mx.array) -> tuple[mx.array, mx.array]:
+    """In vocabulary order, ``[k, V]``, and their log-sum-exp."""
+    log_z = mx.logsumexp(logits, axis=-1, keepdims=True)
+    return logits[:, head.positions] - log_z, log_z
 
 
 # ---- of candidates -----------------------------------------------------------------

@@ -1,8 +1,11 @@
 """A head's decode steps, compiled where that pays.
 
 On a GPU the kernels of a step take less time than building its graph anew would, so a
-step is compiled, once for each function, its options and what the head is set to. On a
-CPU MLX would call a C++ compiler for that, and the step runs as it is.
+step is compiled, once for each function and its options. What the head is set to and
+its arrays are constants of it: only what differs from step to step is handed over, for
+host time is what small models wait for. Where any of them was replaced, all steps are
+compiled anew. On a CPU MLX would call a C++ compiler for that, and the step runs as it
+is.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import mlx.core as mx
 
 from .. import kernels
 from ..compute.device import on_gpu
-from ..compute.functional import arrays, with_arrays
+from ..compute.functional import Snapshot
 from ..head import FlashHead
 
 T = TypeVar("T")
@@ -25,12 +28,23 @@ _REMEMBERED = 32
 
 
 class Steps:
-    """The compiled steps of one head, which it does not keep alive."""
+    """The compiled steps of one head as it is now, which they do not keep alive."""
 
     def __init__(self, head: FlashHead):
         self._head = weakref.ref(head)
+        self._setting = _setting_of(head)
+        self._snapshot = Snapshot(head)
         self._compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
-        self._constants: OrderedDict[Any, tuple[Any, mx.array]] = OrderedDict()
+        self._constants: OrderedDict[Any, mx.array] = OrderedDict()
+
+    @property
+    def kind(self) -> str:
+        """The kernels' back-end."""
+        return self._setting[0]
+
+    def of(self, head: FlashHead) -> bool:
+        """Whether the head is still as it was."""
+        return self._setting == _setting_of(head) and self._snapshot.of(head)
 
     def run(
         self, function: Callable[..., T], options: tuple[Any, ...], *inputs: mx.array
@@ -40,49 +54,41 @@ class Steps:
         The first time for inputs of these shapes it runs as it is: kernels are checked
         against plain MLX at their first use, which needs arrays that can be evaluated.
         """
+        key = (function, options, *((x.shape, x.dtype) for x in inputs))
+        step = self._compiled.get(key)
+        if step is not None:
+            self._compiled.move_to_end(key)
+            return step(*inputs)
         head = self._head()
         assert head is not None  # whoever calls this holds it
-        if not on_gpu():
-            return function(head, *options, *inputs)
-        setting = (
-            *(function, options, kernels.kind(), head.n_probes, head.transform),
-            *(head.temperatures, head.tail_offset),
-            *((x.shape, x.dtype) for x in inputs),
-        )
-        step = self._compiled.get(setting)
-        if step is None:
-            result = function(head, *options, *inputs)
-            self._compiled[setting] = self._compile(function, options)
-            if len(self._compiled) > _REMEMBERED:
-                self._compiled.popitem(last=False)
-            return result
-        self._compiled.move_to_end(setting)
-        return step(arrays(head), *inputs)
+        # What is not evaluated would be made in each step.
+        mx.eval(self._snapshot.arrays)
+        result = function(head, *options, *inputs)
+        self._compiled[key] = self._compile(function, options)
+        if len(self._compiled) > _REMEMBERED:
+            self._compiled.popitem(last=False)
+        return result
 
     def _compile(
         self, function: Callable[..., T], options: tuple[Any, ...]
     ) -> Callable[..., T]:
-        def pure(values: dict[str, Any], *inputs: mx.array) -> T:
+        def pure(*inputs: mx.array) -> T:
             head = self._head()
             assert head is not None
-            return function(with_arrays(head, values), *options, *inputs)
+            return function(head, *options, *inputs)
 
         return mx.compile(pure)
 
     def constant(self, function: Callable[..., mx.array], *options: Any) -> mx.array:
-        """``function(head, *options)`` of the head's masses, evaluated; anew where
-        these have changed."""
-        head = self._head()
-        assert head is not None
-        now = head.excess, head.temperatures, head.tail_offset
-        kept = self._constants.get((function, options))
-        if kept is None or kept[0][0] is not now[0] or kept[0][1:] != now[1:]:
-            value = function(head, *options)
+        """``function(head, *options)`` of the head alone, evaluated."""
+        value = self._constants.get((function, options))
+        if value is None:
+            value = function(self._head(), *options)
             mx.eval(value)
             if len(self._constants) >= _REMEMBERED:
                 self._constants.popitem(last=False)
-            kept = self._constants[function, options] = (now, value)
-        return kept[1]
+            self._constants[function, options] = value
+        return value
 
 
 _steps: dict[int, Steps] = {}
@@ -98,11 +104,14 @@ def run(
 
     Args:
         head: The head.
-        function: A pure function of arrays and of what the head is set to.
+        function: A pure function of arrays and of what the head is and is set to.
         options: Its further arguments, hashable.
         inputs: Arrays.
     """
-    return _of(head).run(function, options, *inputs)
+    steps = _of(head)
+    if steps.kind == "plain" and not on_gpu():
+        return function(head, *options, *inputs)
+    return steps.run(function, options, *inputs)
 
 
 def constant(
@@ -112,7 +121,7 @@ def constant(
 
     Args:
         head: The head.
-        function: A function of the head's masses alone.
+        function: A function of the head alone.
         options: Its further arguments, hashable.
     """
     return _of(head).constant(function, *options)
@@ -123,4 +132,11 @@ def _of(head: FlashHead) -> Steps:
     if steps is None:
         steps = _steps.setdefault(id(head), Steps(head))
         weakref.finalize(head, _steps.pop, id(head), None)
+    elif not steps.of(head):
+        steps = _steps[id(head)] = Steps(head)
     return steps
+
+
+def _setting_of(head: FlashHead) -> tuple[str, int, Any]:
+    """What a step may depend on beyond what the module holds."""
+    return kernels.kind(), head.n_probes, head.transform

@@ -53,6 +53,9 @@ class Watch:
         self._size = 1
         self._pause = _PAUSE
         self._dense_left = 0
+        # Whether nothing that drafts is faster than the dense product, even if all
+        # drafts stand: nothing is ever drafted then.
+        self.dense = times is not None and cheapest(times, lambda p: 1.0).dense
 
     @property
     def n_probes(self) -> list[int]:
