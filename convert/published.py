@@ -15,15 +15,16 @@ goes to the nearest one with room.
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from mlx_flashhead.compute.linalg import nearest
+from mlx_flashhead.folder.hub import from_hub
 from mlx_flashhead.folder.integrity import check_safetensors
 
 from .clustering import (
@@ -95,14 +96,8 @@ def _find(name: str) -> Path:
     """The folder of published clusters on this machine, downloaded if need be."""
     path = Path(name)
     if not path.exists():
-        try:
-            path = Path(snapshot_download(name, allow_patterns=[f"{ASSETS}/*"]))
-        except (HFValidationError, HfHubHTTPError, OSError, ValueError) as e:
-            reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise ClustersError(
-                f"--clusters {name}: no such folder, and the Hugging Face hub does not "
-                f"give it ({reason[:200]})"
-            ) from e
+        download = partial(snapshot_download, name, allow_patterns=[f"{ASSETS}/*"])
+        path = Path(from_hub("--clusters", name, download, ClustersError))
     for folder in (path / ASSETS, path):
         if (folder / _TENSORS).is_file() and (folder / _CONFIG).is_file():
             return folder

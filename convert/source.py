@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from mlx.utils import tree_map_with_path
 from mlx_lm import utils
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from mlx_flashhead.compute.device import for_device, on_gpu
 from mlx_flashhead.compute.table import Table
 from mlx_flashhead.folder import integrity
+from mlx_flashhead.folder.hub import from_hub
 from mlx_flashhead.folder.section import (
     HEAD_FILE,
     FormatError,
@@ -166,14 +167,8 @@ def open_hf(
     if path.is_file():
         hint = "use --gguf-path" if path.suffix == ".gguf" else "give its folder"
         raise SourceError(f"{flag} {name} is a file; {hint}")
-    try:
-        folder = utils._download(name, revision=revision)
-    except (HFValidationError, HfHubHTTPError, OSError, ValueError) as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
-        raise SourceError(
-            f"{flag} {name}: no such folder, and the Hugging Face hub does not "
-            f"give it ({reason[:200]})"
-        ) from e
+    download = partial(utils._download, name, revision=revision)
+    folder = from_hub(flag, name, download, SourceError)
     if not (folder / "config.json").is_file():
         raise SourceError(f"{name} has no config.json; give a model's folder")
     try:

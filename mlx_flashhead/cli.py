@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
+from mlx_lm import utils
+
+from .folder.hub import from_hub
 
 
 @contextlib.contextmanager
@@ -24,7 +28,7 @@ def one_line_errors() -> Iterator[None]:
 
 def check_exists(option: str, path: str | None) -> None:
     """Raise ValueError for what is neither a model's folder on this machine, or an
-    adapter's, nor of a hub id's form."""
+    adapter's, nor a model of the hub."""
     if path is None:
         return
     flag = f"--{option.replace('_', '-')}"
@@ -38,6 +42,8 @@ def check_exists(option: str, path: str | None) -> None:
     if option == "adapter_path" or path.count("/") != 1 or path[0] in "./~":
         hint = "" if option == "adapter_path" else " and no Hugging Face id"
         raise ValueError(f"{flag} {path}: no such folder{hint}")
+    # All else is downloaded when the model is loaded.
+    from_hub(flag, path, partial(utils._download, path, allow_patterns=["config.json"]))
 
 
 def check_outputs(paths: Mapping[str, str | None]) -> None:

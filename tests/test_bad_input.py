@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -595,3 +596,29 @@ def test_a_leftover_of_another_run_is_no_hindrance(untied_source, tmp_path):
     shutil.copytree(untied_source, leftover)
     convert(str(untied_source), tmp_path / "target", verbose=False)
     assert (tmp_path / "target/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("convert --hf-path someone/none --mlx-path out", "--hf-path"),
+        ("generate --model someone/none --prompt a", "--model"),
+        ("chat --model someone/none", "--model"),
+        ("server --model someone/none --port 0", "--model"),
+        ("benchmark --model someone/none", "--model"),
+        ("tune --model someone/none", "--model"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give(command, flag, tmp_path, monkeypatch):
+    """Before anything is started: mlx-lm's server would go on without a model."""
+    monkeypatch.chdir(tmp_path)
+    name, *arguments = command.split()
+    module = importlib.import_module(
+        f"mlx_flashhead.{'convert.cli' if name == 'convert' else name}"
+    )
+    result = CliRunner().invoke(module.main, arguments)
+    assert result.exit_code == 1
+    last = result.output.strip().splitlines()[-1]
+    assert f"Error: {flag} someone/none: no such folder, and the Hugging" in last
+    assert last.endswith("check the name and the connection, or name a local folder")
+    assert not os.listdir(tmp_path)

@@ -699,7 +699,7 @@ def test_the_command_shows_measures_and_forgets(untied_folder, cache):
     assert batches.exit_code == 0 and "| 16 " in batches.output
     assert len(os.listdir(cache / "measured")) == 2
     reset = runner.invoke(tune, [*arguments, "--reset"])
-    assert reset.output == "Forgot 2 measurements.\n"
+    assert reset.stdout == "Forgot 2 measurements.\n"
     assert not os.listdir(cache / "measured")
     assert "Nothing was measured" in runner.invoke(tune, [*arguments, "--reset"]).output
 

@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from ..compute.device import for_device, on_gpu
 from ..compute.table import Table
 from ..folder import integrity
 from ..folder.format import form_of, load_head, read_tensors
+from ..folder.hub import from_hub
 from ..folder.section import (
     HEAD_FILE,
     FormatError,
@@ -166,7 +168,7 @@ def find_flashhead(name: str | Path, what: str = "--flashhead") -> Path:
     Hugging Face id of either, which is downloaded: its file or folder.
 
     Raises:
-        FormatError: There is none; errors of the hub come as they are.
+        FormatError: There is none, or the hub does not give it.
     """
     path = Path(name)
     if not path.exists():
@@ -174,7 +176,9 @@ def find_flashhead(name: str | Path, what: str = "--flashhead") -> Path:
             raise FormatError(
                 f"{what} {name}: no such file or folder, and no Hugging Face id"
             )
-        path = utils._download(str(name), allow_patterns=[HEAD_FILE, "config.json"])
+        files = [HEAD_FILE, "config.json"]
+        download = partial(utils._download, str(name), allow_patterns=files)
+        path = from_hub(what, str(name), download, FormatError)
     if not head_file(path).is_file():
         raise FormatError(
             f"{what} {name} has no {HEAD_FILE}; make one: "
