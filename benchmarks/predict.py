@@ -50,9 +50,9 @@ CONTEXT = 256
 
 # Launches after the body (benchmarks/launches.py).
 LAUNCHES = {"greedy": (4, 4, 6), "top-p": (22, 4, 56)}
-# What FlashHead's launches do beyond reading, us, on an NVIDIA H100 (RESULTS.md). Mostly
-# one threadgroup's work, which takes as long on any chip of that clock: half and double
-# are the range.
+# What FlashHead's launches do beyond reading, us, on an NVIDIA H100 (RESULTS.md).
+# Mostly one threadgroup's work, which takes as long on any chip of that clock: half and
+# double are the range.
 WORK = {"greedy": 50.0, "top-p": 60.0}
 WORK_RANGE = 0.5, 1.0, 2.0
 # Sorting an entry of the vocabulary, ns: MLX on unnamed Apple chips, 64 rows of 151,936

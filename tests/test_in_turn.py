@@ -1,4 +1,4 @@
-"""Turns, in which the benchmarks of decoding are timed, and the host's part of a step."""
+"""Turns, in which decoding is timed, and the host's part of a step."""
 
 from __future__ import annotations
 
