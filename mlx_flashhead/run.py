@@ -113,7 +113,7 @@ def command(
         if module is not None and {"-h", "--help"} & set(words):
             click.echo(f"{ctx.get_help()}\n\n{module} takes:\n")
             argv = ["--help"]
-        if message := blas_hint():
+        if not {"-h", "--help"} & set(argv) and (message := blas_hint()):
             click.echo(message, err=True)
         with one_line_errors(), around():
             run(target, argv, **options)
