@@ -2,12 +2,13 @@
 
     python benchmarks/models.py [MODEL ...]
 
-Through mlx-lm's own ``generate_step``, a few tokens of each in turn: a host whose
-speed drifts is as slow for all of them, and ratios are those of one round. Weights are
-made at random, for speed does not depend on them, but rows of a cluster resemble each
-other and logits are as peaked as a language model's, so that drafts stand about as
-often. ``--host`` adds where the time of a step goes, steps in turn as well: to build
-its graph, to submit it, and to wait for the device.
+Through mlx-lm's own ``generate_step``, some tokens of each in turn: a host whose speed
+drifts is as slow for all of them. Ratios are those of all rounds together, with the
+quartiles of single ones. Weights are made at random, for speed does not depend on them,
+but rows of a cluster resemble each other and logits are as peaked as a language
+model's, so that drafts stand about as often. ``--host`` adds where the time of a step
+goes, steps in turn as well: to build its graph, to submit it, and to wait for the
+device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import click
 import mlx.core as mx
 import mlx.nn as nn
-from in_turn import TURN, in_turn, median, ratio
+from in_turn import TURN, in_turn, mean, quartiles, ratio
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from samplers import SAMPLERS
@@ -202,7 +203,7 @@ def host(
                 (built - begin, submitted - built, time.perf_counter() - submitted)
             )
     return {
-        name: [f"{1e6 * median(each):.0f}" for each in zip(*times, strict=True)]
+        name: [f"{1e6 * quartiles(each)[1]:.0f}" for each in zip(*times, strict=True)]
         for name, times in spent.items()
     }
 
@@ -274,7 +275,7 @@ def main(names, bits, rounds, samplers, show_host):
             table.append(
                 [
                     *(name, sampler),
-                    *(f"{1 / median(s):.1f}" for s in found.values()),
+                    *(f"{1 / mean(s):.1f}" for s in found.values()),
                     ratio(found["dense"], found["approximate"]),
                     ratio(found["dense"], found["exact"]),
                     f"{100 * count.acceptance:.1f} %",

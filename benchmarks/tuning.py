@@ -7,9 +7,9 @@ Whole models of real shapes and made weights (``models.py``), or converted folde
 exact decoding the stored number of probes and half of it, each with every number of
 positions that can be chosen, and dense decoding, are run; approximately, batches of
 several sizes among candidates and densely. "Left alone" is decoding that measures
-itself, and "stock" mlx-lm with the plain model. All take turns of a few tokens, and
-what is compared is compared round by round: the median, with quartiles. "Off" is by how
-much longer the chosen one takes than the best, the one with the least median.
+itself, and "stock" mlx-lm with the plain model. All take turns of some tokens; means of
+all rounds are compared, with the quartiles of single ones. "Off" is by how much longer
+the chosen one takes than the best.
 
 MLX compiles CUDA kernels as they are first used, seconds each, and keeps them on disk:
 ``--shard 0/8`` to ``--shard 7/8`` side by side fill that store before the run that
@@ -32,7 +32,7 @@ from typing import Any
 import click
 import mlx.core as mx
 import mlx.nn as nn
-from in_turn import TURN, in_turn, median, quartiles, ratio
+from in_turn import in_turn, mean, quartiles, ratio
 from mlx_lm.sample_utils import make_sampler
 from models import MODELS, body, flash
 from samplers import SAMPLERS
@@ -137,9 +137,9 @@ def exact(setup: Setup, sampler: str) -> list[str]:
     ways = {each: setup.way(None, *each) for each in product((p, p // 2), SIZES)}
     ways[p, 0] = setup.way(draft)
     setup.prepare(ways[p, 0])
-    cells = ("dense", 1), ("draft", p), ("verify", k)
+    cells = ("stock", 1), ("dense", 1), ("draft", p), ("verify", k)
     tuner_of(slot).times[kind_of(settings)] = {
-        Cell(*cell): 1e-9 if cell[0] == "dense" else 1.0 for cell in cells
+        Cell(*cell): 1e-9 if cell[0] == "stock" else 1.0 for cell in cells
     }
     ways["alone"] = setup.way(draft)
     setup.prepare(ways["alone"])
@@ -148,8 +148,9 @@ def exact(setup: Setup, sampler: str) -> list[str]:
     took = setup.clock() - begin
     chosen = setup.stored  # as without any measurement
     if times is not None:
-        plan = cheapest(times, watch(slot, times).acceptance)
-        chosen = (p, 0) if plan.dense else plan[:2]
+        by = watch(slot, times)
+        plan = cheapest(times, by.acceptance)
+        chosen = (p, 0) if by.stock or plan.dense else plan[:2]
         ways.setdefault(chosen, setup.way(None, *chosen))
 
     def words(way: tuple[int, int]) -> str:
@@ -187,17 +188,18 @@ def row(setup, sampler, what, ways, chosen, words, n, took) -> list[str]:
     ran = setup.seconds({**ways, "stock": Way(None, *setup.stored, stock=True)}, n)
     setup.prepare(setup.way(None))
     alone, stock = ran.pop("alone"), ran.pop("stock")
-    best = min(ran, key=lambda way: median(ran[way]))
+    best = min(ran, key=lambda way: mean(ran[way]))
     off = [100 * (a / b - 1) for a, b in zip(ran[chosen], ran[best], strict=True)]
-    low, middle, high = quartiles(off)
+    low, _, high = quartiles(off)
+    whole = 100 * (mean(ran[chosen]) / mean(ran[best]) - 1)
     shown = [
-        *(setup.name, sampler, what, words(chosen), f"{1e3 * median(ran[chosen]):.2f}"),
-        *(words(best), f"{1e3 * median(ran[best]):.2f}"),
-        f"{middle:.1f} % ({low:.1f} to {high:.1f})" if chosen != best else "0 %",
-        *(f"{1e3 * median(alone):.2f}", f"{1e3 * median(stock):.2f}"),
+        *(setup.name, sampler, what, words(chosen), f"{1e3 * mean(ran[chosen]):.2f}"),
+        *(words(best), f"{1e3 * mean(ran[best]):.2f}"),
+        f"{whole:.1f} % ({low:.1f} to {high:.1f})" if chosen != best else "0 %",
+        *(f"{1e3 * mean(alone):.2f}", f"{1e3 * mean(stock):.2f}"),
         *(ratio(alone, stock), f"{took:.2f} s"),
     ]
-    every = ", ".join(f"{words(way)} {1e3 * median(s):.2f}" for way, s in ran.items())
+    every = ", ".join(f"{words(way)} {1e3 * mean(s):.2f}" for way, s in ran.items())
     click.echo(f"{' | '.join(shown)}  ({every})")
     return shown
 
@@ -206,8 +208,8 @@ def row(setup, sampler, what, ways, chosen, words, n, took) -> list[str]:
 @click.argument("names", nargs=-1, type=click.Choice(list(MODELS)))
 @click.option("--folder", "folders", multiple=True, help="A converted folder, instead.")
 @click.option("--bits", default=8, help="Of made models.")
-@click.option("--rounds", default=12, help="In which all take turns.")
-@click.option("--turn", default=TURN, help="Tokens of a turn.")
+@click.option("--rounds", default=6, help="In which all take turns.")
+@click.option("--turn", default=64, help="Tokens of a turn.")
 @click.option("--samplers", default="greedy,top-p", help=f"Of {', '.join(SAMPLERS)}.")
 @click.option("--batch-sizes", default="1,4,16")
 @click.option("--decoding", "kinds", default="exact,approximate")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from mlx_lm import utils
+from huggingface_hub import snapshot_download
 
 from .folder.hub import from_hub
 
@@ -26,7 +26,7 @@ def one_line_errors() -> Iterator[None]:
         raise click.ClickException(reason[:600]) from e
 
 
-def check_exists(option: str, path: str | None) -> None:
+def check_exists(option: str, path: str | None, revision: str | None = None) -> None:
     """Raise ValueError for what is neither a model's folder on this machine, or an
     adapter's, nor a model of the hub."""
     if path is None:
@@ -42,8 +42,12 @@ def check_exists(option: str, path: str | None) -> None:
     if option == "adapter_path" or path.count("/") != 1 or path[0] in "./~":
         hint = "" if option == "adapter_path" else " and no Hugging Face id"
         raise ValueError(f"{flag} {path}: no such folder{hint}")
+    if os.environ.get("MLXLM_USE_MODELSCOPE", "").lower() == "true":
+        return  # mlx-lm asks another hub
     # All else is downloaded when the model is loaded.
-    from_hub(flag, path, partial(utils._download, path, allow_patterns=["config.json"]))
+    files = ["config.json"]
+    download = partial(snapshot_download, path, revision=revision, allow_patterns=files)
+    from_hub(flag, path, download)
 
 
 def check_outputs(paths: Mapping[str, str | None]) -> None:

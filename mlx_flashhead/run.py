@@ -92,10 +92,11 @@ def _check_models(argv: list[str]) -> None:
     """Check the models that arguments name. mlx-lm's server would open its own in a
     thread, and go on without it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("model", "draft_model"):
-        parser.add_argument(f"--{option.replace('_', '-')}", nargs="?")
-    for option, path in vars(parser.parse_known_args(argv)[0]).items():
-        check_exists(option, path)
+    for option in ("model", "draft-model", "revision"):
+        parser.add_argument(f"--{option}", nargs="?")
+    given = parser.parse_known_args(argv)[0]
+    check_exists("model", given.model, given.revision)
+    check_exists("draft_model", given.draft_model)
 
 
 def command(

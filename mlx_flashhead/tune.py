@@ -36,7 +36,8 @@ def exact_table(slot: FlashLinear, times: dict[str, Times]) -> list[list[str]]:
     each sampler."""
     cells = sorted({cell for some in times.values() for cell in some})
     names = {
-        "dense": "dense step",
+        "stock": "dense step",
+        "dense": "dense step between drafts",
         "draft": "step with a draft of {} probes",
         "verify": "last step and verification of {}",
     }
@@ -61,10 +62,11 @@ def choices(slot: FlashLinear, times: dict[str, Times]) -> list[str]:
     """What is chosen for each sampler, in words."""
     found = []
     for name, some in times.items():
-        plan = cheapest(some, watch(slot, some).acceptance)
+        by = watch(slot, some)
+        plan = cheapest(some, by.acceptance)
         words = f"{plan.n_probes} probes, {plan.verify_every} at once"
-        gain = some[Cell("dense", 1)] / plan.seconds
-        how = "dense" if plan.dense else f"{words}: {gain:.2f} times dense"
+        gain = some[Cell("stock", 1)] / plan.seconds
+        how = "dense" if by.stock or plan.dense else f"{words}: {gain:.2f} times dense"
         found.append(f"{name}: {how}")
     return found
 

@@ -134,7 +134,7 @@ SHORTER = {
     "python benchmarks/draws.py": "--draws 2000",
     "python benchmarks/exact_draws.py": "--draws 300 --n-states 2",
     "python benchmarks/exact_ties.py": "--limit 8",
-    "python benchmarks/tuning.py": "--tokens 6 --repeats 1 --batch-sizes 2",
+    "python benchmarks/tuning.py": "--rounds 1 --turn 4 --batch-sizes 2",
     "python benchmarks/scaling.py": "--steps 1 --repeats 1 --sweeps bits",
     "python benchmarks/gpu_check.py": "--self-test",
     "python benchmarks/recall.py": "--tokens 500",

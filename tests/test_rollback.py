@@ -3,6 +3,7 @@ that was never fed the undone tokens."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -437,3 +438,36 @@ def test_what_cannot_be_undone_is_refused():
     # The draft has ended.
     with pytest.raises(ValueError, match="cannot keep 1 of 0 steps"):
         rollback.to(1)
+
+
+@pytest.mark.parametrize("keep", range(5))
+@pytest.mark.parametrize("replaces", [range(4), range(2, 4), [1]], ids=str)
+def test_a_model_that_puts_other_caches_into_the_list(keep, replaces):
+    """As mlx-vlm's Qwen3.5 does at each step of one sequence of a batch."""
+    cache = [KVCache(), KVCache()]
+
+    def feed(i, cache, replaced=False):
+        for j, c in enumerate(cache):
+            if replaced:
+                cache[j] = c = copy.copy(c)
+                c.keys, c.values = c.keys + 0, c.values + 0
+            keys = mx.full((1, 1, 1, 4), float(10 * i + j))
+            c.update_and_fetch(keys, -keys)
+
+    for i in range(3):
+        feed(i, cache)
+    wanted = [KVCache(), KVCache()]
+    for i in range(3 + keep):
+        feed(i, wanted)
+    rollback = Rollback(cache)
+    rollback.mark()
+    for i in range(4):
+        rollback.step()
+        feed(3 + i, cache, replaced=i in replaces)
+    rollback.to(keep)
+    assert [c.offset for c in cache] == [3 + keep] * 2
+    for got, other in zip(cache, wanted, strict=True):
+        for a, b in ((got.keys, other.keys), (got.values, other.values)):
+            assert mx.array_equal(a[..., : 3 + keep, :], b[..., : 3 + keep, :])
+    feed(99, cache)
+    assert [c.offset for c in cache] == [4 + keep] * 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextvars
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 
 import mlx.core as mx
 import mlx_lm
@@ -221,8 +223,6 @@ def test_kernels_are_checked_before_anything_is_traced(compiling, monkeypatch):
 
 
 def test_a_head_that_goes_takes_its_steps_along(compiling):
-    import gc
-
     gc.collect()
     before = len(steps._steps)
     head, x = make_head().head, mx.array(random_states(1))
@@ -269,6 +269,54 @@ def test_a_compiled_step_has_the_heads_arrays_as_they_are_now(compiling):
     for _ in range(2):
         after = np.array(steps.run(head, step, (), x))
         np.testing.assert_allclose(after, 2 * before[0], rtol=1e-5)
+
+
+def test_settings_that_alternate_keep_their_steps(compiling, monkeypatch):
+    head, x = make_head(bits=32, centroid_bits=32).head, mx.array(random_states(1))
+    compiled = []
+    compile_ = mx.compile
+    monkeypatch.setattr(mx, "compile", lambda f: compiled.append(f) or compile_(f))
+
+    def step(head, x):
+        return head.centroid_logits(x).sum() * 0 + head.n_probes
+
+    for _ in range(3):
+        for p in (5, 9):
+            head.n_probes = p
+            assert steps.run(head, step, (), x).item() == p
+    assert len(compiled) == 2
+
+
+def test_a_head_that_goes_takes_its_arrays_along(compiling):
+    """At once: nobody has to collect cycles."""
+    head, x = make_head(bits=32, centroid_bits=32).head, mx.array(random_states(1))
+    for _ in range(2):
+        mx.eval(steps.run(head, lambda head, x: head.clustered(x), (), x))
+    rows = weakref.ref(head.rows)
+    gc.collect()
+    gc.disable()
+    try:
+        del head
+        assert rows() is None
+    finally:
+        gc.enable()
+
+
+def test_graphs_that_were_never_evaluated_are_no_other_threads():
+    """Whatever one thread left lazy, another can use the head."""
+    x = mx.array(random_states(1))
+    head = make_head().head
+
+    def left_lazy():
+        head.embed(mx.array([0])), head.dense(x), FlashLinear(head).weight
+
+    in_a_thread(left_lazy)
+    got = np.array(head.dense(x))
+    left_lazy()
+    assert np.array_equal(in_a_thread(lambda: np.array(head.dense(x))), got)
+    head.rows.scales = head.rows.scales * 2
+    head.rows.biases = head.rows.biases * 2
+    np.testing.assert_allclose(np.array(head.dense(x)), 2 * got, rtol=1e-5, atol=1e-5)
 
 
 def test_what_a_step_reads_is_evaluated_once(compiling, tmp_path):

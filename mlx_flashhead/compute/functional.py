@@ -12,7 +12,8 @@ import mlx.nn as nn
 class Snapshot:
     """The arrays and modules that a module holds, derived ones included, and theirs.
 
-    To tell them from others takes little: it is asked at every decode step.
+    To tell them from others takes little: it is asked at every decode step. An array
+    that is changed in place stays the same.
     """
 
     def __init__(self, module: nn.Module):

@@ -99,14 +99,8 @@ class Table(nn.Module):
 
     @property
     def flat(self) -> Table:
-        """The same rows with all axes before the last as one, ``[n, D]``; kept, for
-        each decode step asks for it."""
-        kept: tuple[mx.array, Table] | None = vars(self).get("_flat")
-        if kept is None or kept[0] is not self.weight:
-            flat = self.map(lambda a: a.reshape(-1, a.shape[-1]))
-            kept = self.weight, flat
-            vars(self)["_flat"] = kept  # no parameter
-        return kept[1]
+        """The same rows with all axes before the last as one, ``[n, D]``."""
+        return self.map(_flat)
 
     def _packed(self) -> tuple[mx.array, mx.array, mx.array | None]:
         return self.weight, self.scales, self.get("biases")
@@ -128,9 +122,11 @@ class Table(nn.Module):
         return self._dequantized(*self.arrays, dtype)
 
     def take(self, index: mx.array, dtype: mx.Dtype | None = None) -> mx.array:
-        """Rows ``[*index.shape, D]`` of a table ``[n, D]``, as :meth:`dequantize` gives
-        them."""
-        weight, scales, biases = (None if a is None else a[index] for a in self.arrays)
+        """Rows ``[*index.shape, D]``, counted through all axes before the last, as
+        :meth:`dequantize` gives them."""
+        weight, scales, biases = (
+            None if a is None else _flat(a)[index] for a in self.arrays
+        )
         assert weight is not None
         return self._dequantized(weight, scales, biases, dtype)
 
@@ -158,12 +154,16 @@ class Table(nn.Module):
         )
 
     def matmul(self, x: mx.array) -> mx.array:
-        """``x [..., D]`` times every row of a table ``[n, D]``: ``[..., n]``."""
+        """``x [..., D]`` times every row, counted through all axes before the last:
+        ``[..., n]``."""
         if not self.quantized:
-            return x @ self.weight.T
+            return x @ _flat(self.weight).T
+        weight, scales, biases = self._packed()
         return mx.quantized_matmul(
             x,
-            *self._packed(),
+            _flat(weight),
+            _flat(scales),
+            None if biases is None else _flat(biases),
             transpose=True,
             group_size=self.group_size,
             bits=self.bits,
@@ -199,6 +199,10 @@ class Table(nn.Module):
                 mode=self.mode,
             )
         return y.squeeze(-2)
+
+
+def _flat(a: mx.array) -> mx.array:
+    return a if a.ndim == 2 else a.reshape(-1, a.shape[-1])
 
 
 def repack(

@@ -250,7 +250,7 @@ class FlashHead(nn.Module):
     def clustered(self, x: mx.array) -> mx.array:
         """:meth:`dense` in cluster order, as the rows stand: that of token t is at
         ``positions[t]``."""
-        y = self.rows.flat.matmul(x)
+        y = self.rows.matmul(x)
         if "bias" in self:
             y = y + self.bias.reshape(-1)
         return y[..., : self.vocab_size] if self.padding else y
@@ -335,7 +335,7 @@ class FlashHead(nn.Module):
         """Rows ``[*ids.shape, D]`` of tokens, the embeddings of a tied model, in a
         dtype or the rows' own. Packed rows are unpacked in that dtype, so only float32
         is exact."""
-        return self.rows.flat.take(self._positions[ids], dtype)
+        return self.rows.take(self._positions[ids], dtype)
 
 
 def default_n_probes(n_clusters: int) -> int:

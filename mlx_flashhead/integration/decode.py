@@ -32,7 +32,7 @@ from ..sampling import (
 from ..sampling.masks import TokenMask
 from .exact import ExactDecoder, Verified
 from .grammar import Processors
-from .keys import Keys
+from .keys import Keys, group_of
 from .locate import head_of, slot_of
 from .masking import draw_allowed, log_probabilities
 from .samplers import read_sampler
@@ -154,6 +154,7 @@ class _StandIn:
         longest: Positions at once that are drawn; more are a prompt.
         untold: Tokens at first that processors are not told of.
         before: Tokens of the prompt for which nothing is drawn.
+        whole: Whether log-probabilities will be asked for.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class _StandIn:
         untold: int = 0,
         masks: Sequence[TokenMask] = (),
         before: int = 0,
+        whole: bool = True,
     ):
         self._turn = turn
         self._model = model
@@ -179,6 +181,7 @@ class _StandIn:
         self._untold = untold
         self._masks = masks
         self._before = before
+        self._whole = whole
         self._tokens: list[mx.array] = []
         self._logits = _Unread()
         # Whoever asks for the signature sees the model's; a call looks at the class.
@@ -213,6 +216,7 @@ class _StandIn:
         self._turn.drawn = draw_allowed(
             *(self._slot, self._settings, states, key),
             *(self._masks, processors, context),
+            whole=self._whole,
         )
         return self._logits if n == 1 else mx.zeros((*h.shape[:-1], 1))
 
@@ -280,8 +284,12 @@ def exact_generate_step(
 ) -> Iterator[tuple[int, mx.array]]:
     """mlx-lm's ``generate_step``, whose tokens are the dense head's own."""
     processors = kwargs.get("logits_processors") or []
-    decoder = exact_decoder(slot, model, kwargs.get("sampler"), processors)
-    if not decoder.may_draft:
+    decoder = None
+    if slot.head.transform is not None:
+        decoder = exact_decoder(slot, model, kwargs.get("sampler"), processors)
+    # Processes that share a model have to draw alike, and masks make some tokens cheap.
+    own = decoder is not None and decoder.watch.stock and not decoder.masks
+    if decoder is None or (own and group_of(model) is None):
         # The slot answers with the dense product.
         yield from stock(prompt, model, *args, **kwargs)
         return
@@ -384,17 +392,18 @@ def speculative_generate_step(stock: Step) -> Step:
         sampler, processors = kwargs.get("sampler"), kwargs.get("logits_processors")
         turn, keys = _Turn(sampler), Keys(model)
 
-        def stand_in(model: nn.Module, longest: int) -> _StandIn:
+        def stand_in(model: nn.Module, longest: int, whole: bool) -> _StandIn:
             slot = slot_of(model)
             # A target of several positions has its dense product for the price of one.
             own = slot is not None and slot.decoding != "approximate" and longest > 2
             leave = processors or own
             request = None if leave else read_request(model, sampler, None)
             drawn_at, settings, _ = request or (None, Settings(), None)
-            return _StandIn(turn, model, drawn_at, settings, keys, (), longest)
+            asked = turn, model, drawn_at, settings, keys, (), longest
+            return _StandIn(*asked, whole=whole)
 
-        target = stand_in(model, _LONGEST_DRAFT)
-        draft = stand_in(draft_model, 2)
+        target = stand_in(model, _LONGEST_DRAFT, True)
+        draft = stand_in(draft_model, 2, False)
         # Of the tokens that were verified at once, those not yet yielded.
         lazy: deque[mx.array] = deque()
 

@@ -153,19 +153,8 @@ class ExactDecoder:
 
     @property
     def known(self) -> bool:
-        """Whether what the dense head chooses is found from the settings of sampler and
-        processors, which are mlx-lm's own. Where nothing is ever drafted mlx-lm's own
-        functions are asked, which take fewer launches."""
-        known = self.settings is not None and self.readable is not None
-        return known and self.may_draft
-
-    @property
-    def may_draft(self) -> bool:
-        """Whether anything is ever drafted: not where the dense product is faster even
-        if all drafts stand, unless few tokens may come."""
-        if self.head.transform is None:
-            return False
-        return not self.watch.dense or bool(self.masks)
+        """Whether sampler and processors are mlx-lm's own, whose settings are known."""
+        return self.settings is not None and self.readable is not None
 
     def drafts(self, cache: Any) -> bool:
         """Whether FlashHead can draft for these settings, may save time, and what it
@@ -174,7 +163,6 @@ class ExactDecoder:
         measured = self.watch.times is not None
         return (
             fits(self.head, settings)
-            and self.may_draft
             and (measured or not prefers_dense(self.head, 1))
             and cache is not None
             and supported(cache)
@@ -314,10 +302,9 @@ class ExactDecoder:
         head = self.head
         h = hidden_state(head, self.model, token[None], cache=cache, **options)[:, -1]
         logits = known_transform(head)(head.clustered(h))
-        if not self.known:
+        if self.settings is None or self.readable is None:
             logprobs = self.logprobs(logits, context)
             return Verified(self.sampler(logprobs), logprobs[0])
-        assert self.settings is not None
         if self.readable:
             logits = coupled.process(head, self.readable, context, logits)
         drawn = certainly(head, self.settings, logits, self.key[None])

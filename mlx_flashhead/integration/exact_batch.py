@@ -150,7 +150,7 @@ def _choose(
     for rows in groups.values():
         own = logits if len(rows) == len(decoders) else logits[mx.array(rows)]
         decoder, context = decoders[rows[0]], contexts[rows[0]]
-        if not decoder.known:
+        if decoder.settings is None or decoder.readable is None:
             own = decoder.logprobs(own, context)
             drawn, lazy = decoder.sampler(own), list(own)
         else:
@@ -160,7 +160,6 @@ def _choose(
                 own = mx.where(may_come, own, -mx.inf)
             if decoder.readable:
                 own = coupled.process(head, decoder.readable, context, own)
-            assert decoder.settings is not None
             keys = mx.stack([decoders[i].key for i in rows])
             drawn = certainly(head, decoder.settings, own, keys)
             lazy = [*dense_logprobs(head, own)]

@@ -50,7 +50,7 @@ class Keys:
         if self._start is None:
             key = None if self._seed is None else mx.random.key(self._seed)
             words = mx.random.randint(0, 0xFFFFFFFF, (2,), dtype=mx.uint32, key=key)
-            group = _group_of(self._model)
+            group = group_of(self._model)
             if group is not None:
                 words = words if group.rank() == 0 else mx.zeros_like(words)
                 words = mx.distributed.all_sum(words, group=group, stream=mx.cpu)
@@ -59,7 +59,7 @@ class Keys:
         return [high, (low + n) & 0xFFFFFFFF]
 
 
-def _group_of(model: nn.Module | None) -> mx.distributed.Group | None:
+def group_of(model: nn.Module | None) -> mx.distributed.Group | None:
     """The processes that share a model's layers, where several do."""
     for module in model.modules() if isinstance(model, nn.Module) else ():
         group = getattr(module, "group", None)

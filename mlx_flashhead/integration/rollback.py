@@ -23,7 +23,8 @@ Nothing here evaluates an array or waits for the device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from operator import is_
+from typing import Any, ClassVar, NamedTuple, cast
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -46,7 +47,8 @@ class Rollback:
         rollback.to(n)
 
     leaves ``cache`` as if only the first ``n`` tokens had been fed. The cache objects
-    stay the same; their attributes change. Slots of a buffer that hold no token yet may
+    stay the same, unless the model put others into the list; their attributes change.
+    Slots of a buffer that hold no token yet may
     hold an undone one, as after mlx-lm's own ``trim``.
 
     Nothing but the model may change the caches between ``mark`` and ``to``: quantize
@@ -66,7 +68,7 @@ class Rollback:
                     "back: decode without drafting"
                 )
         self._cache = cache
-        self._records: list[_Record] = []
+        self._epochs: list[_Epoch] = []
         self._steps = 0
 
     @property
@@ -76,13 +78,15 @@ class Rollback:
 
     def mark(self) -> None:
         """Begin a draft: ``to(0)`` comes back to here."""
-        kinds = [(_record_of(leaf), leaf) for leaf in _leaves(self._cache)]
-        self._records = [record(leaf) for record, leaf in kinds if record]
-        self._steps = 0
+        self._epochs, self._steps = [_Epoch(self._cache, 0)], 0
 
     def step(self) -> None:
         """Say that the model is about to be fed one token."""
-        for record in self._records:
+        epoch = self._epochs[-1]
+        if not epoch.holds(self._cache):
+            epoch = _Epoch(self._cache, self._steps)
+            self._epochs.append(epoch)
+        for record in epoch.records:
             record.step()
         self._steps += 1
 
@@ -92,22 +96,47 @@ class Rollback:
         A step that failed half-way is undone like any other.
 
         Raises:
-            ValueError: There are not ``n`` steps, or the list holds other caches now.
+            ValueError: There are not ``n`` steps, or the list holds caches of another
+                kind now.
         """
         if not 0 <= n <= self._steps:
             raise ValueError(f"cannot keep {n} of {self._steps} steps")
-        records, steps = self._records, self._steps
-        self._records, self._steps = [], 0
+        epochs, steps = self._epochs, self._steps
+        self._epochs, self._steps = [], 0
         if n == steps:
             return
-        leaves = list(_leaves(self._cache))
-        if [id(leaf) for leaf in leaves] != [id(record.cache) for record in records]:
+        now = [type(leaf) for leaf in _leaves(self._cache)]
+        if now != [type(record.cache) for record in epochs[0].records]:
             raise ValueError(
                 "the prompt cache holds other caches than at the mark: quantize KV "
                 "caches between drafts, not within one"
             )
-        for record in records:
-            record.to(n)
+        epoch = next(epoch for epoch in reversed(epochs) if epoch.start <= n)
+        if not epoch.holds(self._cache):
+            cast(list[Any], self._cache)[:] = epoch.entries
+        for record in epoch.records:
+            record.to(n - epoch.start)
+
+
+class _Epoch:
+    """Steps during which a prompt cache holds the same caches. Some models of mlx-vlm
+    put others in their places at each step, and leave the old ones as they were.
+
+    Attributes:
+        start: Steps since the mark before it.
+        entries: What the prompt cache holds.
+        records: Of each cache.
+    """
+
+    def __init__(self, cache: Sequence[Any], start: int) -> None:
+        self.start = start
+        self.entries = list(cache)
+        kinds = [(_record_of(leaf), leaf) for leaf in _leaves(cache)]
+        self.records = [record(leaf) for record, leaf in kinds if record]
+
+    def holds(self, cache: Sequence[Any]) -> bool:
+        """Whether a prompt cache still holds the same."""
+        return all(map(is_, cache, self.entries))
 
 
 def supported(cache: Sequence[Any]) -> bool:

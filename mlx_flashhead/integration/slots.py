@@ -91,7 +91,7 @@ def hidden_state(
 
     def answer(x: mx.array) -> mx.array:
         states.append(x)
-        return x  # what is made of it is looked at by nobody
+        return x[..., :1]  # what is made of it is looked at by nobody
 
     answered(head, answer, model, *args, **kwargs)
     return states[-1]

@@ -178,12 +178,13 @@ class Tuner:
         if not probes:
             return None
         every = [
-            *(Cell("dense", 1), Cell("draft", probes[0]), Cell("verify", sizes[0])),
+            *(Cell("stock", 1), Cell("dense", 1)),
+            *(Cell("draft", probes[0]), Cell("verify", sizes[0])),
             *(Cell("draft", p) for p in probes[1:2]),
             *(Cell("verify", k) for k in sizes[1:]),
             *(Cell("draft", p) for p in probes[2:]),
         ]
-        group, needed = kind_of(settings), every if complete else every[:3]
+        group, needed = kind_of(settings), every if complete else every[:4]
         with self._lock:
             before = self.times.get(group, {})
             if not before.keys() >= set(needed):
@@ -195,10 +196,10 @@ class Tuner:
                 )
             times = self.times.get(group, {})
         found = {cell: times[cell] for cell in every if cell in times}
-        if not found.keys() >= set(every[:3]):
+        if not found.keys() >= set(every[:4]):
             return None
-        plan = cheapest(found, watch(slot, found).acceptance)
-        if plan.dense:
+        chosen = watch(slot, found)
+        if chosen.stock or cheapest(found, chosen.acceptance).dense:
             self._once(
                 f"{group} decoding is faster dense on this device: nothing is drafted "
                 "(mlx_flashhead.tune shows it, and with --reset measures again; "
@@ -398,6 +399,13 @@ def _exact_runs(
     def state(token: mx.array) -> mx.array:
         return hidden_state(slot.head, model, token[None], cache=cache)[:, -1]
 
+    def dense(n: int) -> None:
+        token = first
+        for _ in range(n):
+            token = decoder.choose(token, cache, context).ids
+            mx.async_eval(token)
+        mx.eval(token)
+
     def draft(n: int, head: FlashHead) -> None:
         rollback, drafts = Rollback(cache), [first]
         rollback.mark()
@@ -426,9 +434,9 @@ def _exact_runs(
         if cell.what == "draft":
             head = slot.probing(cell.n)
             return lambda n: draft(n, head)
-        if cell.what == "dense":
-            return lambda n: stock(first, n)
-        return lambda n: verify(n, cell.n)
+        if cell.what == "verify":
+            return lambda n: verify(n, cell.n)
+        return dense if cell.what == "dense" else lambda n: stock(first, n)
 
     # Weights that were never used may still be on the disk.
     stock(first, 1)

@@ -1,11 +1,11 @@
 """A head's decode steps, compiled where that pays.
 
 On a GPU the kernels of a step take less time than building its graph anew would, so a
-step is compiled, once for each function and its options. What the head is set to and
-its arrays are constants of it: only what differs from step to step is handed over, for
-host time is what small models wait for. Where any of them was replaced, all steps are
-compiled anew. On a CPU MLX would call a C++ compiler for that, and the step runs as it
-is.
+step is compiled, once for each function, its options and what the head is set to. The
+head's arrays are constants of it: only what differs from step to step is handed over,
+for host time is what small models wait for. Where one of them was replaced, all steps
+are compiled anew. On a CPU MLX would call a C++ compiler for that, and the step runs as
+it is.
 """
 
 from __future__ import annotations
@@ -23,64 +23,70 @@ from ..compute.functional import Snapshot
 from ..head import FlashHead
 
 T = TypeVar("T")
-# Compiled steps that are kept for a head, those used last.
+# Of a head, the compiled steps that are kept for each setting, and the settings, those
+# used last.
 _REMEMBERED = 32
+_SETTINGS = 8
+
+_Compiled = OrderedDict[Any, Callable[..., Any]]
 
 
 class Steps:
-    """The compiled steps of one head as it is now, which they do not keep alive."""
+    """The compiled steps of one head, with the arrays that it has now."""
 
     def __init__(self, head: FlashHead):
         self._head = weakref.ref(head)
-        self._setting = _setting_of(head)
         self._snapshot = Snapshot(head)
-        self._compiled: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
+        # What is no array, and that a step may depend on, with the steps for it: those
+        # used last at hand, for to hash a setting takes its time.
+        self._latest: tuple[Any, _Compiled] = (None, OrderedDict())
+        self._compiled: OrderedDict[Any, _Compiled] = OrderedDict()
         self._constants: OrderedDict[Any, mx.array] = OrderedDict()
 
-    @property
-    def kind(self) -> str:
-        """The kernels' back-end."""
-        return self._setting[0]
-
     def of(self, head: FlashHead) -> bool:
-        """Whether the head is still as it was."""
-        return self._setting == _setting_of(head) and self._snapshot.of(head)
+        """Whether the head still has the same arrays."""
+        return self._snapshot.of(head)
 
     def run(
-        self, function: Callable[..., T], options: tuple[Any, ...], *inputs: mx.array
+        self,
+        kind: str,
+        function: Callable[..., T],
+        options: tuple[Any, ...],
+        *inputs: mx.array,
     ) -> T:
-        """``function(head, *options, *inputs)``.
+        """``function(head, *options, *inputs)``, with kernels of this back-end.
 
         The first time for inputs of these shapes it runs as it is: kernels are checked
         against plain MLX at their first use, which needs arrays that can be evaluated.
         """
-        key = (function, options, *((x.shape, x.dtype) for x in inputs))
-        step = self._compiled.get(key)
-        if step is not None:
-            self._compiled.move_to_end(key)
-            return step(*inputs)
         head = self._head()
         assert head is not None  # whoever calls this holds it
+        compiled = self._at((kind, head.n_probes, head.transform))
+        key = (function, options, *((x.shape, x.dtype) for x in inputs))
+        step = compiled.get(key)
+        if step is not None:
+            compiled.move_to_end(key)
+            return step(*inputs)
         # What is not evaluated would be made in each step.
         mx.eval(self._snapshot.arrays)
         result = function(head, *options, *inputs)
-        self._compiled[key] = self._compile(function, options)
-        if len(self._compiled) > _REMEMBERED:
-            self._compiled.popitem(last=False)
+        compiled[key] = _compile(self._head, function, options)
+        if len(compiled) > _REMEMBERED:
+            compiled.popitem(last=False)
         return result
 
-    def _compile(
-        self, function: Callable[..., T], options: tuple[Any, ...]
-    ) -> Callable[..., T]:
-        def pure(*inputs: mx.array) -> T:
-            head = self._head()
-            assert head is not None
-            return function(head, *options, *inputs)
-
-        return mx.compile(pure)
+    def _at(self, setting: tuple[Any, ...]) -> _Compiled:
+        latest = self._latest
+        if latest[0] != setting:
+            compiled = self._compiled.setdefault(setting, OrderedDict())
+            self._compiled.move_to_end(setting)
+            if len(self._compiled) > _SETTINGS:
+                self._compiled.popitem(last=False)
+            self._latest = latest = setting, compiled
+        return latest[1]
 
     def constant(self, function: Callable[..., mx.array], *options: Any) -> mx.array:
-        """``function(head, *options)`` of the head alone, evaluated."""
+        """``function(head, *options)`` of the head's arrays alone, evaluated."""
         value = self._constants.get((function, options))
         if value is None:
             value = function(self._head(), *options)
@@ -89,6 +95,17 @@ class Steps:
                 self._constants.popitem(last=False)
             self._constants[function, options] = value
         return value
+
+
+def _compile(
+    head: weakref.ref[FlashHead], function: Callable[..., T], options: tuple[Any, ...]
+) -> Callable[..., T]:
+    def pure(*inputs: mx.array) -> T:
+        held = head()
+        assert held is not None
+        return function(held, *options, *inputs)
+
+    return mx.compile(pure)
 
 
 _steps: dict[int, Steps] = {}
@@ -108,10 +125,10 @@ def run(
         options: Its further arguments, hashable.
         inputs: Arrays.
     """
-    steps = _of(head)
-    if steps.kind == "plain" and not on_gpu():
+    kind = kernels.kind()
+    if kind == "plain" and not on_gpu():
         return function(head, *options, *inputs)
-    return steps.run(function, options, *inputs)
+    return _of(head).run(kind, function, options, *inputs)
 
 
 def constant(
@@ -121,7 +138,8 @@ def constant(
 
     Args:
         head: The head.
-        function: A function of the head alone.
+        function: A function of the head's arrays, and of its temperatures and offsets,
+            alone.
         options: Its further arguments, hashable.
     """
     return _of(head).constant(function, *options)
@@ -135,8 +153,3 @@ def _of(head: FlashHead) -> Steps:
     elif not steps.of(head):
         steps = _steps[id(head)] = Steps(head)
     return steps
-
-
-def _setting_of(head: FlashHead) -> tuple[str, int, Any]:
-    """What a step may depend on beyond what the module holds."""
-    return kernels.kind(), head.n_probes, head.transform

@@ -70,6 +70,12 @@ def cheapest(
     return best if GAIN * best.seconds < alone else Plan(best.n_probes, 0, alone)
 
 
+def stock_wins(times: Times) -> bool:
+    """Whether mlx-lm's own step is as fast as any that drafts, if all drafts stand."""
+    drafting = cheapest(times, lambda p: 1.0, dense=False)
+    return times.get(Cell("stock", 1), math.inf) <= GAIN * drafting.seconds
+
+
 def dense_wins(times: Times, n: int) -> bool | None:
     """Whether a step of a batch of n sequences is as fast with mlx-lm's dense head as
     among candidates; ``None`` where that was not measured. Between two sizes that were,

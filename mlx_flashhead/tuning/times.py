@@ -17,11 +17,11 @@ class Cell(NamedTuple):
     """A step of the model, its token included.
 
     Attributes:
-        what: ``"dense"``, a token by mlx-lm's dense head and sampler; ``"draft"``, one
-            that FlashHead drafts; ``"verify"``, the last step of a draft and its
-            verification, waited for; ``"stock"`` and ``"approximate"``, a token of each
-            sequence of a batch by mlx-lm's dense head and sampler, and among
-            FlashHead's candidates.
+        what: ``"stock"``, a token of each sequence by mlx-lm's dense head and sampler;
+            ``"approximate"``, among FlashHead's candidates; of exact decoding
+            ``"dense"``, one by the dense product between drafts, ``"draft"``, one that
+            is drafted, and ``"verify"``, the last step of a draft and its verification,
+            waited for.
         n: Of a draft, the clusters that are probed; of a verification, its positions;
             else the sequences.
     """

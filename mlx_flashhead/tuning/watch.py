@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .choose import Plan, cheapest
+from .choose import Plan, cheapest, stock_wins
 from .times import Cell, Times
 
 # What is known of the acceptance before a text counts as much as so many drafts of it,
@@ -53,9 +53,9 @@ class Watch:
         self._size = 1
         self._pause = _PAUSE
         self._dense_left = 0
-        # Whether nothing that drafts is faster than the dense product, even if all
-        # drafts stand: nothing is ever drafted then.
-        self.dense = times is not None and cheapest(times, lambda p: 1.0).dense
+        # Whether mlx-lm's own decoding is as fast as any that drafts, even if all
+        # drafts stand: who can leaves the text to it.
+        self.stock = times is not None and stock_wins(times)
 
     @property
     def n_probes(self) -> list[int]:
