@@ -310,11 +310,14 @@ def test_gemma_files(gemma):
 
 # A process of its own shows what writing itself needs.
 WRITE = """
-import resource, sys
+import pathlib, resource, sys
 from mlx_flashhead.convert.gguf import read_gguf
 read_gguf(sys.argv[1]).write(sys.argv[2])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(peak if sys.platform == "darwin" else peak * 1024)
+status = pathlib.Path("/proc/self/status")
+if status.exists():  # getrusage counts what the parent held as well
+    print(1024 * int(status.read_text().split("VmHWM:")[1].split()[0]))
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
