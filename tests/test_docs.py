@@ -135,6 +135,7 @@ SHORTER = {
     "python benchmarks/exact_draws.py": "--draws 300 --n-states 2",
     "python benchmarks/exact_ties.py": "--limit 8",
     "python benchmarks/tuning.py": "--rounds 1 --turn 4 --batch-sizes 2",
+    "python benchmarks/host.py": "--layers 1 --rounds 1 --samplers greedy",
     "python benchmarks/scaling.py": "--steps 1 --repeats 1 --sweeps bits",
     "python benchmarks/gpu_check.py": "--self-test",
     "python benchmarks/recall.py": "--tokens 500",
