@@ -18,14 +18,11 @@ from unittest.mock import patch
 
 import click
 import mlx.core as mx
-from in_turn import TURN, in_turn, mean, quartiles
+from in_turn import TURN, mean, quartiles
 from launches import as_on_a_gpu
-from mlx_lm.sample_utils import make_sampler
-from models import MODELS, body, flash
-from samplers import SAMPLERS
+from models import MODELS, body, flash, speeds
 
-from mlx_flashhead import kernels, patch_decoding, unpatch
-from mlx_flashhead.benchmarking import decoding
+from mlx_flashhead import kernels
 from mlx_flashhead.benchmarking.report import markdown_table
 from mlx_flashhead.sampling import coupled
 
@@ -59,9 +56,6 @@ def main(layers: int, batch_size: int, rounds: int, samplers: str) -> None:
         "exact": flash("narrow", 8, exact=True),
     }
 
-    def prepare(way: str) -> None:
-        unpatch() if way == "dense" else patch_decoding()
-
     def choose(head: object, settings: object, kept: coupled.Kept, noise: object):
         return zeros(kept.masses)
 
@@ -72,18 +66,7 @@ def main(layers: int, batch_size: int, rounds: int, samplers: str) -> None:
             patch.object(kernels, "lowest", zeros),
             patch.object(coupled, "choose", choose),
         ):
-            streams = {
-                way: decoding.steps(
-                    model,
-                    [list(range(5, 37))] * batch_size,
-                    make_sampler(**SAMPLERS[name]),
-                    TURN * (rounds + 2),
-                )
-                for way, model in models.items()
-            }
-            found = in_turn(streams, prepare, rounds, clock=time.thread_time)
-            for stream in streams.values():
-                stream.close()
+            found = speeds(models, name, rounds, batch_size, time.thread_time)
         row = [name, *(f"{1e6 * mean(each):.0f}" for each in found.values())]
         for way in ("approximate", "exact"):
             pairs = zip(found[way], found["dense"], strict=True)
@@ -91,7 +74,6 @@ def main(layers: int, batch_size: int, rounds: int, samplers: str) -> None:
             low, _, high = quartiles(more)
             row.append(f"{mean(more):.0f} ({low:.0f} to {high:.0f})")
         table.append(row)
-    unpatch()
     click.echo(markdown_table(table))
 
 

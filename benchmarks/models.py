@@ -163,19 +163,23 @@ def flash(name: str, bits: int, exact: bool) -> nn.Module:
 
 
 def speeds(
-    models: dict[str, nn.Module], sampler: str, rounds: int
+    models: dict[str, nn.Module],
+    sampler: str,
+    rounds: int,
+    batch_size: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of a token by each way of decoding, round by round."""
+    """Seconds of a step by each way of decoding, round by round."""
 
     def prepare(way: str) -> None:
         unpatch() if way == "dense" else patch_decoding()
 
-    n = TURN * (rounds + 2)
+    n, prompts = TURN * (rounds + 2), [list(range(5, 37))] * batch_size
     streams = {}
     for way, model in models.items():
         own = make_sampler(**SAMPLERS[sampler])
-        streams[way] = decoding.steps(model, [list(range(5, 37))], own, n)
-    found = in_turn(streams, prepare, rounds)
+        streams[way] = decoding.steps(model, prompts, own, n)
+    found = in_turn(streams, prepare, rounds, clock=clock)
     for stream in streams.values():
         stream.close()
     unpatch()

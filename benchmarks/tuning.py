@@ -46,7 +46,7 @@ from mlx_flashhead.integration.samplers import read_sampler
 from mlx_flashhead.integration.slots import FlashLinear, Origin
 from mlx_flashhead.integration.tuner import tuner_of, watch
 from mlx_flashhead.kernels import doctor
-from mlx_flashhead.tuning import Cell, cheapest, dense_wins, kind_of
+from mlx_flashhead.tuning import Cell, dense_wins, kind_of
 
 SIZES = (4, 8, 16, 32)
 PROMPT_TOKENS = 32
@@ -148,9 +148,8 @@ def exact(setup: Setup, sampler: str) -> list[str]:
     took = setup.clock() - begin
     chosen = setup.stored  # as without any measurement
     if times is not None:
-        by = watch(slot, times)
-        plan = cheapest(times, by.acceptance)
-        chosen = (p, 0) if by.stock or plan.dense else plan[:2]
+        plan = watch(slot, times).choice
+        chosen = (p, 0) if plan.dense else plan[:2]
         ways.setdefault(chosen, setup.way(None, *chosen))
 
     def words(way: tuple[int, int]) -> str:

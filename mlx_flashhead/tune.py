@@ -20,7 +20,7 @@ from .integration.tuner import tuner_of, watch
 from .kernels import doctor
 from .load import load
 from .sampling import Settings
-from .tuning import Cell, Times, cheapest, cost, dense_wins, forget
+from .tuning import Cell, Times, cost, dense_wins, forget
 
 # One sampler of each kind.
 SAMPLERS: dict[str, dict[str, Any]] = {
@@ -62,11 +62,10 @@ def choices(slot: FlashLinear, times: dict[str, Times]) -> list[str]:
     """What is chosen for each sampler, in words."""
     found = []
     for name, some in times.items():
-        by = watch(slot, some)
-        plan = cheapest(some, by.acceptance)
+        plan = watch(slot, some).choice
         words = f"{plan.n_probes} probes, {plan.verify_every} at once"
         gain = some[Cell("stock", 1)] / plan.seconds
-        how = "dense" if by.stock or plan.dense else f"{words}: {gain:.2f} times dense"
+        how = "dense" if plan.dense else f"{words}: {gain:.2f} times dense"
         found.append(f"{name}: {how}")
     return found
 

@@ -526,6 +526,7 @@ def machines(slot):
             drafts={p: 20.0}, verifications={**sizes, k: 999.0, k // 2: 900.0}
         ),
         "dense": made(drafts={p: 99.0}, verifications=sizes),
+        "between": made(drafts={p: 99.0}, verifications=sizes) | {STOCK: 1.0},
         "close": made(drafts={p: 90.0}, verifications={**sizes, k: 120.0}),
     }
 
@@ -562,7 +563,8 @@ def test_exact_texts_do_not_depend_on_times(
                 got = text(model, tokenizer, n=n, sampler=sampler)
             assert got == (own if name == "dense" else wanted)
             seen[name, spoiled] = count
-    assert seen["dense", False].drafted == 0
+    assert seen["dense", False].drafted == seen["between", False].drafted == 0
+    assert seen["between", False].steps == seen["between", False].verifications == n + 1
     assert seen["drafts", False].verifications < seen["short", False].verifications
     assert seen["short", False].verifications < n
     assert seen["drafts", True].acceptance < seen["drafts", False].acceptance

@@ -284,12 +284,10 @@ def exact_generate_step(
 ) -> Iterator[tuple[int, mx.array]]:
     """mlx-lm's ``generate_step``, whose tokens are the dense head's own."""
     processors = kwargs.get("logits_processors") or []
-    decoder = None
-    if slot.head.transform is not None:
-        decoder = exact_decoder(slot, model, kwargs.get("sampler"), processors)
+    decoder = exact_decoder(slot, model, kwargs.get("sampler"), processors)
     # Processes that share a model have to draw alike, and masks make some tokens cheap.
-    own = decoder is not None and decoder.watch.stock and not decoder.masks
-    if decoder is None or (own and group_of(model) is None):
+    own = decoder.watch.stock and not decoder.masks and group_of(model) is None
+    if own or slot.head.transform is None:
         # The slot answers with the dense product.
         yield from stock(prompt, model, *args, **kwargs)
         return

@@ -48,8 +48,8 @@ class Rollback:
 
     leaves ``cache`` as if only the first ``n`` tokens had been fed. The cache objects
     stay the same, unless the model put others into the list; their attributes change.
-    Slots of a buffer that hold no token yet may
-    hold an undone one, as after mlx-lm's own ``trim``.
+    Slots of a buffer that hold no token yet may hold an undone one, as after mlx-lm's
+    own ``trim``.
 
     Nothing but the model may change the caches between ``mark`` and ``to``: quantize
     KV caches, which puts other objects into the list, before a draft or after it.

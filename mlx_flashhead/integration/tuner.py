@@ -32,7 +32,6 @@ from ..tuning import (
     Store,
     Times,
     Watch,
-    cheapest,
     dense_wins,
     in_turn,
     kind_of,
@@ -40,13 +39,7 @@ from ..tuning import (
 from ..tuning.measure import Clock, Run
 from .exact import ExactDecoder, LogitsProcessor, Sampler, Verification
 from .rollback import Rollback, supported
-from .slots import (
-    FlashLinear,
-    Origin,
-    answered,
-    dense_answer,
-    hidden_state,
-)
+from .slots import FlashLinear, Origin, answered, dense_answer, hidden_state
 
 # What a measurement takes at most.
 SECONDS = 1.0
@@ -198,8 +191,7 @@ class Tuner:
         found = {cell: times[cell] for cell in every if cell in times}
         if not found.keys() >= set(every[:4]):
             return None
-        chosen = watch(slot, found)
-        if chosen.stock or cheapest(found, chosen.acceptance).dense:
+        if watch(slot, found).choice.dense:
             self._once(
                 f"{group} decoding is faster dense on this device: nothing is drafted "
                 "(mlx_flashhead.tune shows it, and with --reset measures again; "
@@ -394,7 +386,7 @@ def _exact_runs(
     decoder = ExactDecoder(slot, model, None, [], seed=0)
     decoder.settings, decoder.count = settings, Verification()
     first, context = mx.zeros((1,), mx.uint32), mx.zeros((0,), mx.uint32)
-    stock = _stock(model, sampler, cache)  # whose slot answers densely
+    stock = partial(_stock(model, sampler, cache), first)  # its slot answers densely
 
     def state(token: mx.array) -> mx.array:
         return hidden_state(slot.head, model, token[None], cache=cache)[:, -1]
@@ -436,10 +428,10 @@ def _exact_runs(
             return lambda n: draft(n, head)
         if cell.what == "verify":
             return lambda n: verify(n, cell.n)
-        return dense if cell.what == "dense" else lambda n: stock(first, n)
+        return dense if cell.what == "dense" else stock
 
     # Weights that were never used may still be on the disk.
-    stock(first, 1)
+    stock(1)
     return {cell: run_of(cell) for cell in cells}
 
 
@@ -470,10 +462,7 @@ def _batch_runs(
     head, cache = slot.head, make_prompt_cache(model)
     tokens, key = mx.zeros((size,), mx.uint32), mx.zeros((2,), mx.uint32)
     dense = partial(answered, head, dense_answer(head), model)
-    step = _stock(dense, sampler, cache)
-
-    def stock(n: int) -> None:
-        step(tokens, n)
+    stock = partial(_stock(dense, sampler, cache), tokens)
 
     def approximate(n: int) -> None:
         latest = tokens

@@ -63,6 +63,14 @@ class Watch:
         measured = [c.n for c in self.times or () if c.what == "draft"]
         return measured or [self._stored.n_probes]
 
+    @property
+    def choice(self) -> Plan:
+        """What is fastest as far as is known; dense, too, where mlx-lm's own decoding
+        is."""
+        assert self.times is not None
+        plan = cheapest(self.times, self.acceptance)
+        return plan._replace(verify_every=0) if self.stock else plan
+
     def next(self) -> Plan:
         """How the next chunk is decoded: drafted, or one position densely."""
         if self.times is None:
